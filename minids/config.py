@@ -1,0 +1,403 @@
+"""The model's shape as one frozen dataclass with Hugging Face's field names, and the presets.
+
+Notable choices: every field is a number or a word that a DeepSeek `config.json` also uses, except the five marked
+"minids only"; a config is checked once, when it is made; the published models are presets like the small ones.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+
+@dataclass(frozen=True)
+class YaRN:
+    """Context extension of the rotary embedding (FACTS.md section 2.2; Hugging Face `rope_scaling`)."""
+
+    factor: float = 40.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self):
+        _require(self.factor >= 1, "factor", self.factor, "must be at least 1")
+        _require(
+            self.original_max_position_embeddings > 0,
+            "original_max_position_embeddings",
+            self.original_max_position_embeddings,
+            "must be positive",
+        )
+        _require(
+            self.beta_fast > self.beta_slow > 0, "beta_fast", self.beta_fast, f"must exceed beta_slow={self.beta_slow}"
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines the shape and the arithmetic of a `MiniDS`; the defaults are DeepSeek-V3's.
+
+    Raises `ValueError` naming the field, its value and the rule when the numbers do not fit together.
+    Source: FACTS.md section 1 (the released `config.json` files).
+    """
+
+    # The trunk.
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    num_hidden_layers: int = 61
+    num_nextn_predict_layers: int = 1
+    max_position_embeddings: int = 163840
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: YaRN | None = None
+    # Standard deviation of every initial weight; None scales each matrix by its fan-in (small models need it). minids only.
+    initializer_range: float | None = 0.006
+
+    # Attention. "gqa" is the dense baseline (MHA and MQA are its extremes) and ignores the latent sizes. minids only.
+    attention: Literal["mla", "gqa"] = "mla"
+    num_attention_heads: int = 128
+    num_key_value_heads: int = 128
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+    # Mixture of experts. first_k_dense_replace = num_hidden_layers makes a dense model.
+    first_k_dense_replace: int = 3
+    moe_intermediate_size: int = 2048
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+
+    # Load balance: V3's sequence-wise loss, then V2's three auxiliary losses (all minids only but the first).
+    aux_loss_alpha: float = 0.0001
+    expert_balance_alpha: float = 0.0
+    device_balance_alpha: float = 0.0
+    communication_balance_alpha: float = 0.0
+
+    def __post_init__(self):
+        _check(self)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key: the part without position plus the rotated part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers of the trunk whose feed-forward is a mixture of experts."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def selects_with_bias(self) -> bool:
+        """V3 balances with a selection bias; V2's methods have none."""
+        return self.topk_method == "noaux_tc"
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, exactly the fields of this class."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; an unknown field is a `ValueError`."""
+        unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown config field {unknown[0]!r}; a ModelConfig has {_names(cls)}")
+        fields = dict(fields)
+        if isinstance(fields.get("rope_scaling"), dict):
+            fields["rope_scaling"] = _yarn_from_dict(fields["rope_scaling"])
+        return cls(**fields)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """A named size: nano, tiny, small, medium, v2_lite, v2 or v3, with some fields changed if wanted."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+        return cls.from_dict(PRESETS[name] | changes)
+
+    @classmethod
+    def from_hf(cls, fields: dict[str, Any]) -> Self:
+        """Read a Hugging Face `config.json` of a DeepSeek-V2 or V3 model; other architectures are a `ValueError`."""
+        model_type = fields.get("model_type")
+        if model_type not in ("deepseek_v3", "deepseek_v2"):
+            raise ValueError(f"model_type={model_type!r}: only deepseek_v3 and deepseek_v2 configs can be read")
+        if fields.get("tie_word_embeddings"):
+            raise ValueError("tie_word_embeddings=True: embedding and head are separate matrices here")
+        known = {f.name for f in dataclasses.fields(cls)}
+        missing = sorted(_HF_REQUIRED - set(fields))
+        if missing:
+            raise ValueError(f"config.json lacks {missing[0]!r}, which a {model_type} model needs")
+        v2_defaults = {"scoring_func": "softmax", "norm_topk_prob": False, "topk_method": "greedy"}
+        defaults = {"num_nextn_predict_layers": 0} | (v2_defaults if model_type == "deepseek_v2" else {})
+        own = defaults | {name: value for name, value in fields.items() if name in known and value is not None}
+        own["q_lora_rank"] = fields.get("q_lora_rank") or None
+        rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+        own["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", cls.rope_theta))
+        own["rope_scaling"] = _yarn_from_hf(rope)
+        own["attention"] = "mla"
+        return cls(**own)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` of `DeepseekV3ForCausalLM`; a config that this class cannot express is a `ValueError`."""
+        _require(self.attention == "mla", "attention", self.attention, "Hugging Face's DeepSeek-V3 has MLA only")
+        _require(self.selects_with_bias, "topk_method", self.topk_method, "only noaux_tc routing can be exported")
+        _require(self.scoring_func == "sigmoid", "scoring_func", self.scoring_func, "only sigmoid can be exported")
+        fields = self.to_dict()
+        for name in ("attention", "expert_balance_alpha", "device_balance_alpha", "communication_balance_alpha"):
+            del fields[name]
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        if self.rope_scaling is not None:
+            rope |= dataclasses.asdict(self.rope_scaling) | {"rope_type": "yarn"}
+        return fields | {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "num_key_value_heads": self.num_attention_heads,
+            "initializer_range": self.initializer_range or 0.02,
+            "rope_interleave": True,
+            "rope_scaling": None if self.rope_scaling is None else rope,
+            "rope_parameters": rope,
+        }
+
+
+def _require(holds: bool, field: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{field}={value!r}: {rule}")
+
+
+def _check(c: ModelConfig) -> None:
+    for f in dataclasses.fields(c):
+        value = getattr(c, f.name)
+        if f.type is int:
+            _require(isinstance(value, int) and not isinstance(value, bool), f.name, value, "must be a whole number")
+            least = 0 if f.name in _MAY_BE_ZERO else 1
+            _require(value >= least, f.name, value, f"must be at least {least}")
+        if f.type is float:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(number and 0 <= value < float("inf"), f.name, value, "must be a finite number, at least 0")
+    for field, words in _CHOICES.items():
+        _require(getattr(c, field) in words, field, getattr(c, field), f"must be one of {', '.join(words)}")
+    for field in ("q_lora_rank", "initializer_range"):
+        value = getattr(c, field)
+        _require(value is None or value > 0, field, value, "must be positive or None")
+    _require(c.rope_theta > 1, "rope_theta", c.rope_theta, "must exceed 1")
+    _require(c.rms_norm_eps > 0, "rms_norm_eps", c.rms_norm_eps, "must be positive")
+    _require(c.routed_scaling_factor > 0, "routed_scaling_factor", c.routed_scaling_factor, "must be positive")
+    _require(
+        c.num_attention_heads % c.num_key_value_heads == 0,
+        "num_key_value_heads",
+        c.num_key_value_heads,
+        f"must divide num_attention_heads={c.num_attention_heads}",
+    )
+    _require(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", c.qk_rope_head_dim, "rotation needs pairs: an even number")
+    _require(
+        c.first_k_dense_replace <= c.num_hidden_layers,
+        "first_k_dense_replace",
+        c.first_k_dense_replace,
+        f"must not exceed num_hidden_layers={c.num_hidden_layers}",
+    )
+    _require(
+        c.n_routed_experts % c.n_group == 0, "n_group", c.n_group, f"must divide n_routed_experts={c.n_routed_experts}"
+    )
+    _require(c.topk_group <= c.n_group, "topk_group", c.topk_group, f"must not exceed n_group={c.n_group}")
+    reachable = c.n_routed_experts // c.n_group * c.topk_group
+    _require(
+        c.num_experts_per_tok <= reachable,
+        "num_experts_per_tok",
+        c.num_experts_per_tok,
+        f"must not exceed the {reachable} experts of the {c.topk_group} groups kept",
+    )
+    _require(
+        c.topk_method != "noaux_tc" or c.n_group == 1 or c.n_routed_experts // c.n_group >= 2,
+        "n_group",
+        c.n_group,
+        "a group is scored by its two best experts, so it needs at least 2",
+    )
+    _require(
+        c.topk_method != "greedy" or c.n_group == c.topk_group,
+        "topk_method",
+        c.topk_method,
+        "greedy routing knows no groups; set topk_group = n_group",
+    )
+    # A float32 grouped matmul wants every row to start at a multiple of 16 bytes.
+    for field in ("hidden_size", "moe_intermediate_size"):
+        _require(getattr(c, field) % 8 == 0, field, getattr(c, field), "must be a multiple of 8")
+
+
+_MAY_BE_ZERO = {"num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts"}
+_CHOICES = {
+    "attention": ("mla", "gqa"),
+    "scoring_func": ("sigmoid", "softmax"),
+    "topk_method": ("noaux_tc", "group_limited_greedy", "greedy"),
+}
+_HF_REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"} | {
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "num_experts_per_tok",
+}
+
+
+def _names(cls: type) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def _yarn_from_dict(fields: dict[str, Any]) -> YaRN:
+    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(YaRN)})
+    if unknown:
+        raise ValueError(f"unknown rope_scaling field {unknown[0]!r}; YaRN has {_names(YaRN)}")
+    return YaRN(**fields)
+
+
+def _yarn_from_hf(rope: dict[str, Any]) -> YaRN | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise ValueError(f"rope_type={kind!r}: only default and yarn are known")
+    known = {f.name for f in dataclasses.fields(YaRN)}
+    return YaRN(**{name: value for name, value in rope.items() if name in known})
+
+
+_SMALL = dict(initializer_range=None, max_position_embeddings=4096)
+_V2_BALANCE = dict(scoring_func="softmax", norm_topk_prob=False, num_nextn_predict_layers=0, aux_loss_alpha=0.0)
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": _SMALL
+    | dict(
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+    ),
+    "tiny": _SMALL
+    | dict(
+        vocab_size=272,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=64,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        first_k_dense_replace=1,
+        moe_intermediate_size=64,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
+    ),
+    "small": _SMALL
+    | dict(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        q_lora_rank=256,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        first_k_dense_replace=1,
+        moe_intermediate_size=256,
+        n_routed_experts=32,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
+    ),
+    "medium": _SMALL
+    | dict(
+        vocab_size=32768,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        q_lora_rank=512,
+        kv_lora_rank=256,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        first_k_dense_replace=1,
+        moe_intermediate_size=640,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        n_group=8,
+        topk_group=4,
+    ),
+    "v2_lite": _V2_BALANCE
+    | dict(
+        vocab_size=102400,
+        hidden_size=2048,
+        intermediate_size=10944,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        q_lora_rank=None,
+        first_k_dense_replace=1,
+        moe_intermediate_size=1408,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        n_group=1,
+        topk_group=1,
+        topk_method="greedy",
+        routed_scaling_factor=1.0,
+        expert_balance_alpha=0.001,
+        rope_scaling=dict(mscale=0.707, mscale_all_dim=0.707),
+    ),
+    "v2": _V2_BALANCE
+    | dict(
+        vocab_size=102400,
+        hidden_size=5120,
+        intermediate_size=12288,
+        num_hidden_layers=60,
+        first_k_dense_replace=1,
+        moe_intermediate_size=1536,
+        n_routed_experts=160,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        topk_group=3,
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=16.0,
+        expert_balance_alpha=0.003,
+        device_balance_alpha=0.05,
+        communication_balance_alpha=0.02,
+        rope_scaling=dict(),  # the released config names no mscale, so the code's default of 1 (FACTS.md section 2.2)
+    ),
+    "v3": dict(rope_scaling=dict()),
+}
