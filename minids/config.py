@@ -6,7 +6,7 @@ Notable choices: every field is a number or a word that a DeepSeek `config.json`
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: YaRN | None = None
-    # Standard deviation of every initial weight; None scales each matrix by its fan-in (small models need it). minids only.
+    # Standard deviation of every initial weight; None scales each matrix by its fan-in (small models need it).
     initializer_range: float | None = 0.006
 
     # Attention. "gqa" is the dense baseline (MHA and MQA are its extremes) and ignores the latent sizes. minids only.
@@ -101,7 +101,7 @@ class ModelConfig:
         """V3 balances with a selection bias; V2's methods have none."""
         return self.topk_method == "noaux_tc"
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
 
@@ -110,7 +110,7 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
+    def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`; an unknown field is a `ValueError`."""
         unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
@@ -121,14 +121,14 @@ class ModelConfig:
         return cls(**fields)
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> Self:
+    def preset(cls, name: str, **changes: Any) -> "ModelConfig":
         """A named size: nano, tiny, small, medium, v2_lite, v2 or v3, with some fields changed if wanted."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
         return cls.from_dict(PRESETS[name] | changes)
 
     @classmethod
-    def from_hf(cls, fields: dict[str, Any]) -> Self:
+    def from_hf(cls, fields: dict[str, Any]) -> "ModelConfig":
         """Read a Hugging Face `config.json` of a DeepSeek-V2 or V3 model; other architectures are a `ValueError`."""
         model_type = fields.get("model_type")
         if model_type not in ("deepseek_v3", "deepseek_v2"):
@@ -203,7 +203,7 @@ def _check(c: ModelConfig) -> None:
         c.num_key_value_heads,
         f"must divide num_attention_heads={c.num_attention_heads}",
     )
-    _require(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", c.qk_rope_head_dim, "rotation needs pairs: an even number")
+    _require(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", c.qk_rope_head_dim, "must be even: rotation needs pairs")
     _require(
         c.first_k_dense_replace <= c.num_hidden_layers,
         "first_k_dense_replace",
@@ -276,128 +276,44 @@ def _yarn_from_hf(rope: dict[str, Any]) -> YaRN | None:
     return YaRN(**{name: value for name, value in rope.items() if name in known})
 
 
-_SMALL = dict(initializer_range=None, max_position_embeddings=4096)
-_V2_BALANCE = dict(scoring_func="softmax", norm_topk_prob=False, num_nextn_predict_layers=0, aux_loss_alpha=0.0)
+def _latent(hidden: int, layers: int, heads: int, q_rank: int, kv_rank: int, head: int, rope: int) -> dict[str, Any]:
+    """The trunk of a small V3-like model: value heads as wide as the unrotated part of the keys, one dense layer."""
+    return dict(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+        q_lora_rank=q_rank, kv_lora_rank=kv_rank, qk_nope_head_dim=head, qk_rope_head_dim=rope, v_head_dim=head,
+        first_k_dense_replace=1, initializer_range=None, max_position_embeddings=4096,
+    )  # fmt: skip
+
+
+def _experts(dense: int, inner: int, experts: int, per_token: int, groups: int, groups_kept: int) -> dict[str, Any]:
+    return dict(
+        intermediate_size=dense, moe_intermediate_size=inner, n_routed_experts=experts,
+        num_experts_per_tok=per_token, n_group=groups, topk_group=groups_kept,
+    )  # fmt: skip
+
+
+_V2 = dict(
+    vocab_size=102400, num_nextn_predict_layers=0, first_k_dense_replace=1, n_shared_experts=2,
+    scoring_func="softmax", norm_topk_prob=False, aux_loss_alpha=0.0,
+)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "nano": _SMALL
+    "nano": {"vocab_size": 272} | _latent(64, 3, 4, 32, 32, 16, 8) | _experts(128, 32, 8, 2, 4, 2),
+    "tiny": {"vocab_size": 272} | _latent(128, 6, 4, 64, 64, 32, 16) | _experts(384, 64, 16, 4, 4, 2),
+    "small": {"vocab_size": 8192} | _latent(512, 12, 8, 256, 128, 64, 32) | _experts(1536, 256, 32, 4, 4, 2),
+    "medium": {"vocab_size": 32768} | _latent(1024, 24, 16, 512, 256, 64, 32) | _experts(4096, 640, 64, 6, 8, 4),
+    "v2_lite": _V2
+    | _experts(10944, 1408, 64, 6, 1, 1)
     | dict(
-        vocab_size=272,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        q_lora_rank=32,
-        kv_lora_rank=32,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-        first_k_dense_replace=1,
-        moe_intermediate_size=32,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=4,
-        topk_group=2,
-    ),
-    "tiny": _SMALL
-    | dict(
-        vocab_size=272,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        q_lora_rank=64,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        first_k_dense_replace=1,
-        moe_intermediate_size=64,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
-        n_group=4,
-        topk_group=2,
-    ),
-    "small": _SMALL
-    | dict(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        q_lora_rank=256,
-        kv_lora_rank=128,
-        qk_nope_head_dim=64,
-        qk_rope_head_dim=32,
-        v_head_dim=64,
-        first_k_dense_replace=1,
-        moe_intermediate_size=256,
-        n_routed_experts=32,
-        num_experts_per_tok=4,
-        n_group=4,
-        topk_group=2,
-    ),
-    "medium": _SMALL
-    | dict(
-        vocab_size=32768,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        q_lora_rank=512,
-        kv_lora_rank=256,
-        qk_nope_head_dim=64,
-        qk_rope_head_dim=32,
-        v_head_dim=64,
-        first_k_dense_replace=1,
-        moe_intermediate_size=640,
-        n_routed_experts=64,
-        num_experts_per_tok=6,
-        n_group=8,
-        topk_group=4,
-    ),
-    "v2_lite": _V2_BALANCE
-    | dict(
-        vocab_size=102400,
-        hidden_size=2048,
-        intermediate_size=10944,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        q_lora_rank=None,
-        first_k_dense_replace=1,
-        moe_intermediate_size=1408,
-        n_routed_experts=64,
-        n_shared_experts=2,
-        num_experts_per_tok=6,
-        n_group=1,
-        topk_group=1,
-        topk_method="greedy",
-        routed_scaling_factor=1.0,
-        expert_balance_alpha=0.001,
+        hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, num_key_value_heads=16, q_lora_rank=None,
+        topk_method="greedy", routed_scaling_factor=1.0, expert_balance_alpha=0.001,
         rope_scaling=dict(mscale=0.707, mscale_all_dim=0.707),
     ),
-    "v2": _V2_BALANCE
+    "v2": _V2
+    | _experts(12288, 1536, 160, 6, 8, 3)
     | dict(
-        vocab_size=102400,
-        hidden_size=5120,
-        intermediate_size=12288,
-        num_hidden_layers=60,
-        first_k_dense_replace=1,
-        moe_intermediate_size=1536,
-        n_routed_experts=160,
-        n_shared_experts=2,
-        num_experts_per_tok=6,
-        topk_group=3,
-        topk_method="group_limited_greedy",
-        routed_scaling_factor=16.0,
-        expert_balance_alpha=0.003,
-        device_balance_alpha=0.05,
-        communication_balance_alpha=0.02,
+        hidden_size=5120, num_hidden_layers=60, topk_method="group_limited_greedy", routed_scaling_factor=16.0,
+        expert_balance_alpha=0.003, device_balance_alpha=0.05, communication_balance_alpha=0.02,
         rope_scaling=dict(),  # the released config names no mscale, so the code's default of 1 (FACTS.md section 2.2)
     ),
     "v3": dict(rope_scaling=dict()),
-}
+}  # fmt: skip

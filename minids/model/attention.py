@@ -2,7 +2,7 @@
 
 Notable choices:
 - one interface, `forward(x, step, cache)`, and one kind of cache, a tensor [batch, slots, cache_width], where
-  `cache_width` is the numbers that a token costs in this layer: 2 * kv_heads * head_dim, or MLA's latent plus rotated key;
+  `cache_width` is what a token costs in this layer: 2 * kv_heads * head_dim numbers, or MLA's latent and rotated key;
 - a slot is a position: what a sequence wrote at position p lies in slot p. A causal mask is then a comparison of
   positions, sequences of different length share a batch, and rolling back is forgetting a length;
 - MLA has two forms of the same function: expanded (per-head keys and values, for many queries at once) and absorbed
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
-from jaxtyping import Bool, Complex, Float, Int
+from einops import rearrange
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
@@ -23,14 +23,15 @@ from minids.model.layers import RMSNorm, rotate, softmax_scale
 
 @dataclass
 class Step:
-    """Where a forward pass stands: each token's position, the rotation that belongs to it, and the slots it may see.
+    """Where a forward pass stands: each token's position, the rotation that belongs to it, and what it may see.
 
-    `visible` is None where there is no cache: the sequence starts at position 0 and attention is plainly causal.
+    `mask` is 0 for a slot that a token may see and -inf for the others. It is None where there is no cache: the
+    sequence starts at position 0 and attention is plainly causal.
     """
 
     positions: Int[Tensor, "batch seq"]
     rotation: Complex[Tensor, "batch seq 1 pairs"]
-    visible: Bool[Tensor, "batch 1 seq slots"] | None = None
+    mask: Float[Tensor, "batch 1 seq slots"] | None = None
 
 
 Cache = Float[Tensor, "batch slots width"]
@@ -40,14 +41,14 @@ def remember(cache: Cache, step: Step, entry: Float[Tensor, "batch seq width"]) 
     """Write each token's entry into the slot of its position (in place) and return the slots that can be visible."""
     sequence = torch.arange(len(entry), device=entry.device)[:, None]
     cache[sequence, step.positions] = entry.to(cache.dtype)
-    return cache[:, : step.visible.shape[-1]]
+    return cache[:, : step.mask.shape[-1]]
 
 
 def attend(
     query: Float[Tensor, "batch heads seq dim"],
     key: Float[Tensor, "batch kv_heads slots dim"],
     value: Float[Tensor, "batch kv_heads slots value_dim"],
-    visible: Bool[Tensor, "batch 1 seq slots"] | None,
+    mask: Float[Tensor, "batch 1 seq slots"] | None,
     scale: float,
 ) -> Float[Tensor, "batch seq heads*value_dim"]:
     """Causal softmax attention; query heads share key heads in equal groups.
@@ -61,8 +62,8 @@ def attend(
         query,
         key,
         value,
-        attn_mask=visible,
-        is_causal=visible is None,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )
@@ -70,7 +71,10 @@ def attend(
 
 
 class GroupedQueryAttention(nn.Module):
-    """The dense baseline: `num_key_value_heads` = heads is MHA, 1 is MQA, between them GQA. Heads are v_head_dim wide."""
+    """The dense baseline: `num_key_value_heads` = heads is MHA, 1 is MQA, between them GQA.
+
+    Heads are `v_head_dim` wide and rotated over their whole width, as in Llama.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -93,11 +97,11 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             entry = remember(cache, step, entry)
         key, value = rearrange(entry, "b s (kv h d) -> kv b h s d", kv=2, d=self.head_dim)
-        return self.o_proj(attend(query.transpose(1, 2), key, value, step.visible, self.scale))
+        return self.o_proj(attend(query.transpose(1, 2), key, value, step.mask, self.scale))
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """MLA: the keys and values of all heads are re-made from one small latent per token (V3 eq. 1-11; FACTS.md section 2).
+    """MLA: keys and values of all heads are re-made from one small latent per token (V3 eq. 1-11; FACTS.md section 2).
 
     A token's cache entry is its latent after the norm, followed by one rotated key that all heads share.
     """
@@ -129,14 +133,14 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Float[Tensor, "batch seq dim"]:
         query, entry = self.query_and_entry(x, step)
         if cache is None:
-            return self.o_proj(self.expanded(query, entry, step.visible))
+            return self.o_proj(self.expanded(query, entry, step.mask))
         entries = remember(cache, step, entry)
         form = self.absorbed if self.absorbing_is_cheaper(x.shape[1]) else self.expanded
-        return self.o_proj(form(query, entries, step.visible))
+        return self.o_proj(form(query, entries, step.mask))
 
     def query_and_entry(
         self, x: Float[Tensor, "batch seq dim"], step: Step
-    ) -> tuple[Float[Tensor, "batch seq heads nope+rope"], Float[Tensor, "batch seq kv_rank+rope"]]:
+    ) -> tuple[Float[Tensor, "batch seq heads query_dim"], Float[Tensor, "batch seq entry"]]:
         """Every head's query (V3 eq. 6-9), and what is cached: the normalised latent and the shared key (eq. 1, 3)."""
         query = rearrange(self.q_proj(x), "b t (h d) -> b t h d", h=self.heads)
         query_nope, query_rope = query.split((self.nope_dim, self.rope_dim), -1)
@@ -147,38 +151,42 @@ class MultiHeadLatentAttention(nn.Module):
 
     def expanded(
         self,
-        query: Float[Tensor, "batch seq heads nope+rope"],
-        entries: Float[Tensor, "batch slots kv_rank+rope"],
-        visible: Bool[Tensor, "batch 1 seq slots"] | None,
-    ) -> Float[Tensor, "batch seq heads*value"]:
+        query: Float[Tensor, "batch seq heads query_dim"],
+        entries: Float[Tensor, "batch slots entry"],
+        mask: Float[Tensor, "batch 1 seq slots"] | None,
+    ) -> Float[Tensor, "batch seq out"]:
         """Re-make per-head keys and values from the latents, then ordinary attention (V3 eq. 2, 5, 10)."""
         latent, key_rope = entries.split((self.kv_rank, self.rope_dim), -1)
         key_value = rearrange(self.kv_up_proj(latent), "b s (h d) -> b h s d", h=self.heads)
         key_nope, value = key_value.split((self.nope_dim, self.value_dim), -1)
         key = torch.cat((key_nope, key_rope[:, None].expand(-1, self.heads, -1, -1)), -1)
-        return attend(query.transpose(1, 2), key, value, visible, self.scale)
+        return attend(query.transpose(1, 2), key, value, mask, self.scale)
 
     def absorbed(
         self,
-        query: Float[Tensor, "batch seq heads nope+rope"],
-        entries: Float[Tensor, "batch slots kv_rank+rope"],
-        visible: Bool[Tensor, "batch 1 seq slots"],
-    ) -> Float[Tensor, "batch seq heads*value"]:
+        query: Float[Tensor, "batch seq heads query_dim"],
+        entries: Float[Tensor, "batch slots entry"],
+        mask: Float[Tensor, "batch 1 seq slots"],
+    ) -> Float[Tensor, "batch seq out"]:
         """The same, with W^UK moved onto the query and W^UV behind the sum: one key and one value serve all heads.
 
         score = (W_UK^T q_nope) . latent + q_rope . key_rope;  out = W_UV (sum of p * latent)  (V2 section 2.1.2).
         """
-        up = rearrange(self.kv_up_proj.weight, "(h d) r -> h d r", h=self.heads)
+        batch = len(query)
+        up = self.kv_up_proj.weight.unflatten(0, (self.heads, -1))
         key_up, value_up = up.split((self.nope_dim, self.value_dim), 1)
         query_nope, query_rope = query.split((self.nope_dim, self.rope_dim), -1)
-        query_latent = einsum(query_nope, key_up, "b t h n, h n r -> b t h r")
-        absorbed_query = rearrange(torch.cat((query_latent, query_rope), -1), "b t h d -> b (h t) d")
-        scores = self.scale * absorbed_query @ entries.transpose(1, 2)
-        scores = rearrange(scores, "b (h t) s -> b h t s", h=self.heads).masked_fill(~visible, -torch.inf)
-        weights = rearrange(scores.softmax(-1), "b h t s -> b (h t) s")
-        latent = weights @ entries[..., : self.kv_rank]
-        latent = rearrange(latent, "b (h t) r -> b t h r", h=self.heads)
-        return rearrange(einsum(latent, value_up, "b t h r, h v r -> b t h v"), "b t h v -> b t (h v)")
+
+        query_latent = rearrange(query_nope, "b t h n -> h (b t) n") @ key_up
+        query_latent = rearrange(query_latent, "h (b t) r -> b h t r", b=batch)
+        absorbed_query = torch.cat((query_latent, query_rope.transpose(1, 2)), -1).flatten(1, 2)
+
+        mask_per_head = mask.expand(-1, self.heads, -1, -1).flatten(1, 2)
+        scores = torch.baddbmm(mask_per_head, absorbed_query, entries.transpose(1, 2), alpha=self.scale)
+        latent = scores.softmax(-1) @ entries[..., : self.kv_rank]
+
+        latent = rearrange(latent, "b (h t) r -> h (b t) r", h=self.heads)
+        return rearrange(latent @ value_up.transpose(1, 2), "h (b t) v -> b t (h v)", b=batch)
 
     def absorbing_is_cheaper(self, queries: int) -> bool:
         """Whether `queries` queries take fewer multiplications per cached token and head absorbed than expanded.

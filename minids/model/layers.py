@@ -24,7 +24,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
+        if x.requires_grad and x.device.type == "cpu":
+            return _RMSNormWithGradient.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class _RMSNormWithGradient(torch.autograd.Function):
+    """The same with its gradient written out: on a CPU torch has no fused one, and this takes a third of its passes.
+
+    With y = x / rms, an incoming gradient g becomes (g * w - y * mean(g * w * y)) / rms.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        inverse_rms = torch.rsqrt(torch.linalg.vecdot(x, x)[..., None] / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return (x * inverse_rms).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse_rms = ctx.saved_tensors
+        y = x * inverse_rms
+        grad_weight = (grad * y).flatten(0, -2).sum(0)
+        grad = grad * weight
+        mean = torch.linalg.vecdot(grad, y)[..., None] / x.shape[-1]
+        return grad.addcmul_(y, -mean).mul_(inverse_rms), grad_weight, None
 
 
 class SwiGLU(nn.Module):

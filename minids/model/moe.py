@@ -8,11 +8,11 @@ Notable choices:
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
@@ -21,12 +21,16 @@ from minids.model.layers import SwiGLU
 
 @dataclass
 class Routing:
-    """Who reads which token: k experts and their weights for each token; affinities and loads for the balance."""
+    """Who reads which token: k experts and their weights for each token, and its affinities to all experts."""
 
     experts: Int[Tensor, "batch seq k"]
     weights: Float[Tensor, "batch seq k"]
     scores: Float[Tensor, "batch seq experts"]
-    load: Int[Tensor, "experts"]
+
+    @cached_property
+    def load(self) -> Int[Tensor, "experts"]:
+        """How many of these tokens each expert reads."""
+        return torch.bincount(self.experts.flatten(), minlength=self.scores.shape[-1])
 
 
 class Router(nn.Module):
@@ -51,8 +55,7 @@ class Router(nn.Module):
         weights = scores.gather(-1, experts)
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
-        load = torch.bincount(experts.flatten(), minlength=self.config.n_routed_experts)
-        return Routing(experts, weights * self.config.routed_scaling_factor, scores, load)
+        return Routing(experts, weights * self.config.routed_scaling_factor, scores)
 
     def scores(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq experts"]:
         """The affinity of each token to each expert, in float32 at least, also under autocast."""
@@ -66,16 +69,19 @@ class Router(nn.Module):
         if self.bias is not None:
             scores = scores + self.bias
         if self.config.topk_group < self.config.n_group:
-            scores = scores.masked_fill(~self.in_best_groups(scores), -torch.inf)  # 0 would beat a negative score
+            scores = self.within_best_groups(scores)
         return scores.topk(self.config.num_experts_per_tok, sorted=False).indices
 
-    def in_best_groups(self, scores: Float[Tensor, "batch seq experts"]) -> Bool[Tensor, "batch seq experts"]:
-        """Whether an expert's group is kept. V3 ranks groups by the sum of their two best scores, V2 by the best."""
+    def within_best_groups(self, scores: Float[Tensor, "batch seq experts"]) -> Float[Tensor, "batch seq experts"]:
+        """The scores with -inf in all but the best groups (0 instead of -inf would beat a negative biased score).
+
+        V3 ranks groups by the sum of their two best biased scores, V2 by their best score.
+        """
         groups = scores.unflatten(-1, (self.config.n_group, -1))
         rank = groups.topk(2 if self.config.selects_with_bias else 1).values.sum(-1)
         kept = rank.topk(self.config.topk_group, sorted=False).indices
-        mask = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, kept, True)
-        return mask.repeat_interleave(groups.shape[-1], dim=-1)
+        outside = torch.full_like(rank, -torch.inf).scatter_(-1, kept, 0.0)
+        return (groups + outside[..., None]).flatten(-2)
 
 
 def grouped_matmul(
@@ -104,20 +110,35 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, inner_dim, dim))
 
     def forward(self, x: Float[Tensor, "batch seq dim"], routing: Routing) -> Float[Tensor, "batch seq dim"]:
-        """The weighted sum of each token's experts; tokens are sorted by expert, so that each expert's lie together."""
-        k = routing.experts.shape[-1]
-        order = routing.experts.flatten().argsort(stable=True)
-        rows = x.flatten(0, 1).index_select(0, order // k)
-        inner = F.silu(grouped_matmul(rows, self.gate_proj, routing.load)) * grouped_matmul(
-            rows, self.up_proj, routing.load
-        )
-        out = grouped_matmul(inner, self.down_proj, routing.load)
-        unsorted = out.index_select(0, order.argsort()).view(*routing.experts.shape, -1)
-        return einsum(unsorted, routing.weights.to(out.dtype), "b t k d, b t k -> b t d")
+        """The sum of each token's experts, each times its weight.
+
+        The weight is put on before the last matrix, where rows are narrow; that matrix is linear.
+        """
+        rows, weights = x.flatten(0, 1), routing.weights.to(x.dtype)
+        if routing.experts.numel() < len(self.gate_proj) and not torch.is_grad_enabled():
+            return self.by_token(rows, routing.experts.flatten(0, 1), weights.flatten(0, 1)).view_as(x)
+        return self.by_expert(rows, routing.experts.flatten(0, 1), weights.flatten(0, 1), routing.load).view_as(x)
+
+    def by_expert(self, x, experts, weights, load) -> Float[Tensor, "tokens dim"]:
+        """Sort the tokens by expert, so that each expert's lie together, and multiply each run by its matrix."""
+        order = experts.flatten().argsort(stable=True)
+        rows = x.index_select(0, order // experts.shape[1])
+        inner = F.silu(grouped_matmul(rows, self.gate_proj, load)) * grouped_matmul(rows, self.up_proj, load)
+        inner = inner * weights.flatten().index_select(0, order)[:, None]
+        out = grouped_matmul(inner, self.down_proj, load)
+        return out.index_select(0, order.argsort()).view(*experts.shape, -1).sum(1)
+
+    def by_token(self, x, experts, weights) -> Float[Tensor, "tokens dim"]:
+        """Fetch each token's matrices: what a decoding step with fewer rows than experts does."""
+        chosen = experts.flatten()
+        gate, up, down = (w.index_select(0, chosen) for w in (self.gate_proj, self.up_proj, self.down_proj))
+        rows = x.repeat_interleave(experts.shape[1], 0)[:, None]
+        inner = F.silu(rows @ gate) * (rows @ up) * weights.flatten()[:, None, None]
+        return (inner @ down).view(*experts.shape, -1).sum(1)
 
 
 class MoE(nn.Module):
-    """Shared experts for every token plus the weighted routed ones (V3 eq. 12); returns the routing beside the output."""
+    """Shared experts for every token plus the weighted routed ones (V3 eq. 12); returns the routing too."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -143,7 +164,7 @@ def update_balance_bias(bias: Float[Tensor, "experts"], load: Int[Tensor, "exper
 
 
 def max_violation(load: Int[Tensor, "*layers experts"]) -> Float[Tensor, "*layers"]:
-    """MaxVio: how far the busiest expert lies above the mean load, in units of the mean; 0 is perfect (FACTS.md section 3)."""
+    """MaxVio: how far the busiest expert lies above the mean load, in means; 0 is perfect (FACTS.md section 3)."""
     load = load.float()
     return load.amax(-1) / load.mean(-1) - 1
 
@@ -195,6 +216,6 @@ def _frequency_and_probability(
 ) -> tuple[Float[Tensor, "batch experts"], Float[Tensor, "batch experts"]]:
     """f and P of each sequence: how often an expert is chosen relative to an equal share, and its mean affinity."""
     tokens, experts = scores.shape[1:]
-    counts = torch.zeros_like(scores[:, 0]).scatter_add_(1, chosen.flatten(1), torch.ones_like(chosen.flatten(1), dtype=scores.dtype))
+    counts = F.one_hot(chosen.flatten(1), experts).sum(1).to(scores.dtype)
     frequency = counts * experts / (chosen.shape[-1] * tokens)
     return frequency, (scores / scores.sum(-1, keepdim=True)).mean(1)

@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class MTPModule(nn.Module):
-    """One depth of multi-token prediction: from h_i and the embedding of a later token, the stream for one token further.
+    """One depth of multi-token prediction: from h_i and the embedding of a later token, the stream one token further.
 
     V3 eq. 21-22 with the paper's order, [hidden; embedding]; released weights have it the other way round, which
     `interop.hf` turns. The hidden state is the stream before the final norm, in training and in drafting alike
@@ -79,12 +79,12 @@ class Output:
 
 
 class KVCache:
-    """What each sequence of a batch has been read so far: a cache tensor per layer, and how many positions are valid."""
+    """What has been read of each sequence of a batch: a cache tensor per layer, and how many positions are valid."""
 
     def __init__(self, blocks: list[Block], batch: int, slots: int):
         weight = blocks[0].attention.o_proj.weight
-        self.layers: list[Cache] = [weight.new_zeros(batch, slots, block.attention.cache_width) for block in blocks]
-        self.lengths: Int[Tensor, "batch"] = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        self.layers = [weight.new_zeros(batch, slots, block.attention.cache_width) for block in blocks]
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         self.longest = 0  # no length exceeds it; known without asking the device
 
     @property
@@ -157,19 +157,20 @@ class MiniDS(nn.Module):
         return self.head(self.norm(hidden))
 
     def step(self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None) -> Step:
-        """Positions, rotations and mask for tokens that continue `cache`, or start at position 0 where there is none."""
+        """Positions, rotations and mask of tokens that continue `cache`, or start at 0 where there is none."""
         batch, seq = tokens.shape
         longest = seq + (cache.longest if cache is not None else 0)
         room = min(self.config.max_position_embeddings, cache.slots if cache is not None else longest)
         if longest > room:
             raise ValueError(f"sequence of {longest} tokens: the context holds {room}")
         positions = torch.arange(seq, device=tokens.device).expand(batch, seq)
-        visible = None
+        dtype = self.embedding.weight.dtype
+        mask = None
         if cache is not None:
             positions = positions + cache.lengths[:, None]
-            visible = (torch.arange(longest, device=tokens.device) <= positions[..., None])[:, None]
-        rope_dim = self.layers[0].attention.rope_dim
-        return Step(positions, rotations(self.config, positions, rope_dim, self.embedding.weight.dtype), visible)
+            unseen = torch.arange(longest, device=tokens.device) > positions[:, None, :, None]
+            mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)
+        return Step(positions, rotations(self.config, positions, self.layers[0].attention.rope_dim, dtype), mask)
 
     def _predict_further(self, tokens: Int[Tensor, "batch seq"], out: Output) -> None:
         """Run depth k on positions 0..T-k-1: it reads token i+k and predicts token i+k+1 (V3 eq. 21-23)."""
@@ -190,7 +191,7 @@ class MiniDS(nn.Module):
         return KVCache([module.block for module in self.mtp], batch, slots)
 
     def update_balance_bias(self, loads: Int[Tensor, "layers experts"], speed: float) -> None:
-        """Once per optimizer step: nudge every router's bias by the loads of the whole global batch, rows as in `Output`."""
+        """Once per optimizer step: nudge every router's bias by the loads of the global batch, rows as in `Output`."""
         for router, load in zip(self.routers(), loads, strict=False):
             if router.bias is not None:
                 update_balance_bias(router.bias, load, speed)
@@ -200,7 +201,7 @@ class MiniDS(nn.Module):
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def num_parameters(self, mtp: bool = False) -> int:
-        """Parameters of the main model, the balancing biases included (FACTS.md section 1.1); on request the MTP's too."""
+        """Parameters of the main model, balancing biases included (FACTS.md section 1.1); on request the MTP's too."""
         total = sum(p.numel() for p in self.parameters())
         return total if mtp else total - sum(p.numel() for p in self.mtp.parameters())
 
@@ -213,9 +214,10 @@ class MiniDS(nn.Module):
     def initialize(self) -> None:
         """Draw all weights from normal distributions.
 
-        As published, every matrix has the standard deviation `initializer_range` (0.006; FACTS.md section 1). At widths
-        in the hundreds that is far too small for the signal to pass; with `initializer_range=None` a matrix has
-        1 / sqrt(fan-in), one that writes to the stream 1 / sqrt(2 * layers) of that, the embedding 1, the head 1 / width.
+        As published, every matrix has the standard deviation `initializer_range` (0.006; FACTS.md section 1). At
+        widths in the hundreds that is far too small for the signal to pass; with `initializer_range=None` a matrix has
+        1 / sqrt(fan-in), one that writes to the stream 1 / sqrt(2 * layers) of that, the embedding 1, the head
+        1 / width.
         """
         published = self.config.initializer_range
         to_stream = (2 * self.config.num_hidden_layers) ** -0.5

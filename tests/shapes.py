@@ -1,0 +1,5 @@
+"""The run-time check of shapes and types that the tests put on minids; an int counts as a float, as in Python's typing."""
+
+from beartype import BeartypeConf, beartype
+
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))
