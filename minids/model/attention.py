@@ -37,7 +37,7 @@ class Step:
 Cache = Float[Tensor, "batch slots width"]
 
 
-def remember(cache: Cache, step: Step, entry: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch slots width"]:
+def remember(cache: Cache, step: Step, entry: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seen width"]:
     """Write each token's entry into the slot of its position (in place) and return the slots that can be visible."""
     sequence = torch.arange(len(entry), device=entry.device)[:, None]
     cache[sequence, step.positions] = entry.to(cache.dtype)
