@@ -1,0 +1,108 @@
+"""The text that every Python brings along: its language reference and docstrings (prose), and its sources (code).
+
+Modules are read as text, never imported. The text differs a little from one Python version to the next.
+"""
+
+import ast
+import functools
+import inspect
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+# Test suites, tables written by a script, and the topics, which are prose.
+_EXCLUDED = {"test", "tests", "idle_test", "encodings", "entities.py", "stringprep.py", "msilib", "pydoc_data"}
+
+
+def topics() -> Iterator[tuple[str, str]]:
+    """(group, text) of each chapter of the language reference in `pydoc_data.topics`, each a group of its own.
+
+    Long topics repeat short ones word for word. A topic is left out where most of its paragraphs were seen in longer
+    ones: otherwise the held-out split would leak. Raises ValueError where this Python has no `pydoc_data`.
+    """
+    try:
+        from pydoc_data.topics import topics as text_of
+    except ImportError:
+        raise ValueError("this Python lacks pydoc_data: install its complete standard library") from None
+
+    seen: set[str] = set()
+    for name in sorted(text_of, key=lambda name: (-len(text_of[name]), name)):
+        paragraphs = {paragraph.strip() for paragraph in text_of[name].split("\n\n")}
+        if len(paragraphs & seen) <= len(paragraphs) / 2:
+            yield f"topic {name}", text_of[name]
+        seen |= paragraphs
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """(group, text) of each module that has docstrings: these, with blank lines between. Groups as in `sources`."""
+    for path in _modules():
+        if text := _read_module(path)[0]:
+            yield _group(path), text + "\n"
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """(group, text) of each module: its source without docstrings. A group is a top-level module or package."""
+    for path in _modules():
+        if text := _read_module(path)[1]:
+            yield _group(path), text + "\n"
+
+
+def split_docstrings(source: str) -> tuple[str, str]:
+    """Python source -> (the docstrings of its module, classes and functions, dedented; the source without them).
+
+    All else stays as it was, comments too. A docstring that is the whole body, or that shares a line with other code,
+    becomes `pass`. Raises SyntaxError where `source` is not Python.
+    """
+    prose: list[str] = []
+    lines = [line.encode() for line in source.split("\n")]  # ast counts columns in bytes, and breaks lines at \n only
+    for node in sorted(_documented(ast.parse(source)), key=lambda node: node.body[0].lineno, reverse=True):
+        docstring = node.body[0]
+        prose.insert(0, inspect.cleandoc(docstring.value.value))
+        first, last = docstring.lineno - 1, docstring.end_lineno - 1
+        before, after = lines[first][: docstring.col_offset], lines[last][docstring.end_col_offset :]
+        if before.strip() or after.strip() or (len(node.body) == 1 and not isinstance(node, ast.Module)):
+            lines[first : last + 1] = [before + b"pass" + after]
+        else:
+            blank_below = last + 1 < len(lines) and not lines[last + 1].strip()
+            del lines[first : last + 1 + blank_below]
+    return "\n\n".join(filter(None, prose)), b"\n".join(lines).decode()
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every node with a docstring. Descends into statements only, which is five times faster than `ast.walk`."""
+    nodes: list[ast.AST] = [tree]
+    while nodes:
+        node = nodes.pop()
+        for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+            nodes += getattr(node, block, ())
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                yield node
+
+
+def _modules() -> list[Path]:
+    """The library's modules, relative to its root, in the order of their names. ValueError where there are none."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = (path.relative_to(root) for path in root.rglob("*.py"))
+    modules = sorted(filter(_is_wanted, paths), key=Path.as_posix)
+    if not modules:
+        raise ValueError(f"this Python has no standard library sources in {root}")
+    return modules
+
+
+def _is_wanted(path: Path) -> bool:
+    """site-packages and other folders whose name no import statement could hold are not the library's."""
+    importable = all(part.removesuffix(".py").isidentifier() for part in path.parts)
+    return importable and _EXCLUDED.isdisjoint(path.parts) and not path.name.startswith("_sysconfigdata")
+
+
+def _group(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+@functools.cache  # "pydocs" and "stdlib" share the parse, which takes seconds for the whole library
+def _read_module(path: Path) -> tuple[str, str]:
+    with tokenize.open(Path(sysconfig.get_path("stdlib")) / path) as file:  # a source file names its own encoding
+        prose, code = split_docstrings(file.read())
+    return prose, code.strip("\n")

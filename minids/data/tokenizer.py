@@ -1,0 +1,216 @@
+"""Text to token ids and back: plain bytes, or byte-level BPE through Hugging Face's `tokenizers`.
+
+Notable choices:
+- both tokenizers are lossless for every string and share the nine special tokens, which take the last ids;
+- text can not forge a special token: `encode` reads "<think>" as seven characters unless `allow_special=True`;
+- a token's bytes are known (`token_bytes`), so losses compare across tokenizers as bits per byte.
+"""
+
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from jaxtyping import Int, Integer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<think>", "</think>", "<answer>", "</answer>")
+_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
+_BREAK = re.compile(r"(?<=\S\n)(?=\S)")
+_FILE = "tokenizer.json"
+
+
+class Tokenizer(ABC):
+    """What both tokenizers can do. A subclass says how text becomes ids, and how it is written to a file.
+
+    `token_texts[i]` is the bytes of text that token i stands for. The special tokens follow it, in the order of
+    SPECIAL_TOKENS, and stand for no text.
+    """
+
+    def __init__(self, token_texts: Sequence[bytes]) -> None:
+        self._text = [*token_texts, *(b"" for _ in SPECIAL_TOKENS)]
+        self._shown = [*token_texts, *(name.encode() for name in SPECIAL_TOKENS)]
+        self._special_ids = {name: len(token_texts) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = len(self._text)
+        self.pad_id, self.bos_id, self.eos_id = (self._special_ids[name] for name in ("<pad>", "<bos>", "<eos>"))
+
+    @property
+    def dtype(self) -> type[np.uint16] | type[np.int32]:
+        """The dtype of `encode_batch`'s arrays: uint16 where every id fits, else int32."""
+        return np.uint16 if self.vocab_size <= 2**16 else np.int32
+
+    def token_id(self, name: str) -> int:
+        """The id of a special token. Raises ValueError for any other name."""
+        if name not in self._special_ids:
+            raise ValueError(f"unknown special token {name!r}: expected one of {', '.join(SPECIAL_TOKENS)}")
+        return self._special_ids[name]
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of `text`, no <bos> or <eos> added. With `allow_special`, names of special tokens become those tokens.
+
+        Raises ValueError where `text` holds half of a surrogate pair, which has no UTF-8 form.
+        """
+        if not allow_special:
+            return self.encode_batch([text])[0].tolist()
+        ids: list[int] = []
+        for i, part in enumerate(_SPECIAL.split(text)):  # odd parts are the special tokens that were matched
+            ids += [self._special_ids[part]] if i % 2 else self.encode(part)
+        return ids
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
+        """Ids of each text as a 1-D array of `dtype`, the fast path for a corpus. Special tokens are plain text."""
+
+    def decode(
+        self, ids: Sequence[int] | Integer[np.ndarray, "length"] | Int[Tensor, "length"], *, skip_special: bool = True
+    ) -> str:
+        """The text of `ids`. Invalid UTF-8 becomes U+FFFD; special tokens vanish, or show their names.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        table = self._text if skip_special else self._shown
+        ids = ids if isinstance(ids, Sequence) else ids.tolist()
+        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
+            raise ValueError(f"ids reach from {min(ids)} to {max(ids)}: must be in [0, {self.vocab_size})")
+        return b"".join(table[i] for i in ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> Int[Tensor, "vocab"]:
+        """Bytes of text that each token stands for, 0 for the special ones: bits per byte = sum(bits) / sum(bytes)."""
+        return torch.tensor([len(text) for text in self._text])
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write `tokenizer.json` into `directory` (made where missing). A crash leaves the old file or the new one."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        aside = directory / f".{_FILE}.tmp"
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(self._to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, directory / _FILE)
+
+    @abstractmethod
+    def _to_json(self) -> str: ...
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0..255 are the bytes of UTF-8, 256..264 the special tokens: nothing to train, 265 tokens in all."""
+
+    def __init__(self) -> None:
+        super().__init__([bytes([byte]) for byte in range(256)])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
+
+    def _to_json(self) -> str:
+        return json.dumps({"type": "byte", "special_tokens": SPECIAL_TOKENS})
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE: starts from all 256 bytes, so that it never meets an unknown character, and adds merges.
+
+    Text is cut into words as GPT-2 does, and every digit stands alone, so that arithmetic sees place values. The file
+    is in Hugging Face's format and opens there too; make one with `BPETokenizer.train`.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer) -> None:
+        names = [core.id_to_token(i) for i in range(core.get_vocab_size())]
+        words = names[: -len(SPECIAL_TOKENS)]
+        if tuple(names[len(words) :]) != SPECIAL_TOKENS:
+            raise ValueError(f"a tokenizer's last ids must be {' '.join(SPECIAL_TOKENS)}, got {names[len(words) :]}")
+        byte_of = _byte_of_character()
+        if not set(byte_of) <= set(words) or not set("".join(words)) <= set(byte_of):
+            raise ValueError("a BPE tokenizer must be byte-level: all 256 bytes and nothing else in its alphabet")
+        super().__init__([bytes(byte_of[character] for character in word) for word in words])
+        self._core = core
+        self._core.encode_special_tokens = True  # the library's name for: read them as plain text
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Learn merges from `texts` until there are `vocab_size` tokens, special ones included. Deterministic.
+
+        Little text has few pairs to merge and gives fewer tokens: read `vocab_size` of the result.
+        Raises ValueError below 265, which leaves no room for the bytes.
+        """
+        smallest = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {smallest}")
+        core = tokenizers.Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        core.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            initial_alphabet=sorted(_byte_of_character()),
+            show_progress=False,
+        )
+        core.train_from_iterator((piece for text in texts for piece in _cut(text)), trainer)
+        core.add_special_tokens(list(SPECIAL_TOKENS))
+        return cls(core)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
+        for text in texts:
+            text.encode()  # refuses half of a surrogate pair with a ValueError; the library's TypeError says nothing
+        pieces = [list(_cut(text)) for text in texts]
+        flat = [piece for of_text in pieces for piece in of_text]
+        ids: list[np.ndarray] = []
+        for first in range(0, len(flat), 64):  # the library takes some 100 bytes for each byte of a batch
+            encodings = self._core.encode_batch_fast(flat[first : first + 64])
+            ids += [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        of_piece = iter(ids)
+        return [np.concatenate([next(of_piece) for _ in of_text]) for of_text in pieces]
+
+    def _to_json(self) -> str:
+        return self._core.to_str()
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """Read a tokenizer of either kind from its file, or from the directory that it was saved in.
+
+    Raises ValueError, one line, where the file is missing, damaged, or no tokenizer of this package.
+    """
+    path = Path(path)
+    path = path / _FILE if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except OSError as error:
+        raise ValueError(f"cannot read tokenizer {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"tokenizer {path} is damaged: {error}") from None
+    if content == {"type": "byte", "special_tokens": list(SPECIAL_TOKENS)}:
+        return ByteTokenizer()
+    if not (isinstance(content, dict) and "model" in content):
+        raise ValueError(f"tokenizer {path} is of an unknown kind: neither minids' bytes nor Hugging Face's tokenizer")
+    try:
+        return BPETokenizer(tokenizers.Tokenizer.from_str(text))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"tokenizer {path} is damaged: {error}") from None
+
+
+def _cut(text: str, length: int = 2**15) -> Iterator[str]:
+    """Pieces of about `length` characters whose tokens, one after the other, are those of the whole text.
+
+    That holds where a single line break stands between visible characters: it is always a word of its own. A text
+    without such places stays whole.
+    """
+    start = 0
+    while cut := _BREAK.search(text, start + length):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes are written as themselves, the other ones as the characters from U+0100 on."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = {character: ord(character) for character in alphabet if ord(character) < 256}
+    others = (byte for byte in range(256) if byte not in printable.values())
+    return printable | {character: byte for character, byte in zip(alphabet[len(printable) :], others, strict=True)}
