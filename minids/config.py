@@ -21,6 +21,9 @@ class YaRN:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            _require(type(value) in (int, float) and value >= 0, f.name, value, "must be a number, at least 0")
         _require(self.factor >= 1, "factor", self.factor, "must be at least 1")
         _require(
             self.original_max_position_embeddings > 0,
@@ -133,17 +136,20 @@ class ModelConfig:
         model_type = fields.get("model_type")
         if model_type not in ("deepseek_v3", "deepseek_v2"):
             raise ValueError(f"model_type={model_type!r}: only deepseek_v3 and deepseek_v2 configs can be read")
-        if fields.get("tie_word_embeddings"):
-            raise ValueError("tie_word_embeddings=True: embedding and head are separate matrices here")
+        for name, value in _HF_FIXED.items():
+            _require(fields.get(name, value) == value, name, fields.get(name), f"must be {value!r} in a model read here")
         known = {f.name for f in dataclasses.fields(cls)}
-        missing = sorted(_HF_REQUIRED - set(fields))
+        missing = sorted(name for name in _HF_REQUIRED if fields.get(name) is None)
         if missing:
             raise ValueError(f"config.json lacks {missing[0]!r}, which a {model_type} model needs")
-        v2_defaults = {"scoring_func": "softmax", "norm_topk_prob": False, "topk_method": "greedy"}
-        defaults = {"num_nextn_predict_layers": 0} | (v2_defaults if model_type == "deepseek_v2" else {})
+        defaults = {"num_nextn_predict_layers": 0, "n_shared_experts": 0}
+        if model_type == "deepseek_v2":
+            defaults |= _HF_V2_DEFAULTS
         own = defaults | {name: value for name, value in fields.items() if name in known and value is not None}
         own["q_lora_rank"] = fields.get("q_lora_rank") or None
+        own["num_key_value_heads"] = fields["num_attention_heads"]  # MLA has no such thing; configs leave it out or null
         rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+        _require(isinstance(rope, dict), "rope_scaling", rope, "must be an object")
         own["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", cls.rope_theta))
         own["rope_scaling"] = _yarn_from_hf(rope)
         own["attention"] = "mla"
@@ -191,9 +197,9 @@ def _check(c: ModelConfig) -> None:
             _require(number and 0 <= value < float("inf"), f.name, value, "must be a finite number, at least 0")
     for field, words in _CHOICES.items():
         _require(getattr(c, field) in words, field, getattr(c, field), f"must be one of {', '.join(words)}")
-    for field in ("q_lora_rank", "initializer_range"):
+    for field, kinds in (("q_lora_rank", (int,)), ("initializer_range", (int, float))):
         value = getattr(c, field)
-        _require(value is None or value > 0, field, value, "must be positive or None")
+        _require(value is None or (type(value) in kinds and value > 0), field, value, "must be positive or None")
     _require(c.rope_theta > 1, "rope_theta", c.rope_theta, "must exceed 1")
     _require(c.rms_norm_eps > 0, "rms_norm_eps", c.rms_norm_eps, "must be positive")
     _require(c.routed_scaling_factor > 0, "routed_scaling_factor", c.routed_scaling_factor, "must be positive")
@@ -255,6 +261,25 @@ _HF_REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "moe_intermedi
 }
 
 
+# What a DeepSeek config may say but never says otherwise, and what an absent field of a V2 config means.
+_HF_FIXED = {
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+}
+_HF_V2_DEFAULTS = {
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 0,
+}
+
+
 def _names(cls: type) -> str:
     return ", ".join(f.name for f in dataclasses.fields(cls))
 
@@ -267,13 +292,15 @@ def _yarn_from_dict(fields: dict[str, Any]) -> YaRN:
 
 
 def _yarn_from_hf(rope: dict[str, Any]) -> YaRN | None:
+    """Hugging Face's `rope_scaling`; where it names no mscale_all_dim, the softmax scale is left alone."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    if kind != "yarn":
-        raise ValueError(f"rope_type={kind!r}: only default and yarn are known")
-    known = {f.name for f in dataclasses.fields(YaRN)}
-    return YaRN(**{name: value for name, value in rope.items() if name in known})
+    _require(kind == "yarn", "rope_type", kind, "only default and yarn are known")
+    fields = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta")}
+    for name in ("factor", "original_max_position_embeddings"):
+        _require(name in fields, "rope_scaling", rope, f"must name {name}")
+    return _yarn_from_dict({"mscale_all_dim": 0.0} | fields)
 
 
 def _latent(hidden: int, layers: int, heads: int, q_rank: int, kv_rank: int, head: int, rope: int) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class KVCache:
     def keep(self, rows: Int[Tensor, "kept"]) -> None:
         """Drop every sequence but these."""
         self.layers = [layer[rows] for layer in self.layers]
-        self.lengths = self.lengths[rows]
+        self.truncate(self.lengths[rows])
 
     def num_bytes(self) -> int:
         """Memory of all layers, in bytes."""

@@ -1,0 +1,124 @@
+"""Checkpoints that are either whole or absent, hold no code, and say so when they were damaged.
+
+A checkpoint is a folder of safetensors files and one `state.json` that names them with their SHA-256. It is written
+beside its final place, forced to the disk and then renamed, so that a crash at any moment leaves the previous one as it was.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = 1
+
+
+@contextlib.contextmanager
+def written_whole(destination: Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes `destination` only if all went well; else nothing is left behind.
+
+    Raises `ValueError` where `destination` exists already.
+    """
+    if destination.exists():
+        raise ValueError(f"{destination} exists already")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
+    try:
+        yield partial
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
+        partial.rename(destination)
+        _sync(destination.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def save_checkpoint(destination: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write `tensors` (a safetensors file per key) and `state` (JSON) as the folder `destination`, or nothing."""
+    with written_whole(destination) as folder:
+        for name, content in tensors.items():
+            save_file({key: tensor.detach().contiguous().cpu() for key, tensor in content.items()}, folder / f"{name}.safetensors")
+        digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+        (folder / "state.json").write_text(json.dumps({"format": FORMAT, "files": digests, **state}, indent=1))
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read what `save_checkpoint` wrote. Raises `ValueError` naming the file that is missing, damaged or changed."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        files = dict(state.pop("files"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no checkpoint: it has no state.json") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder / 'state.json'} is damaged: not the JSON of a checkpoint") from None
+    if state.pop("format", None) != FORMAT:
+        raise ValueError(f"{folder / 'state.json'} is of another format than {FORMAT}, which this version reads")
+    tensors = {}
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing from the checkpoint")
+        if _digest(path) != digest:
+            raise ValueError(f"{path} is damaged: its content is not what was saved")
+        try:
+            tensors[path.stem] = load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+    return tensors, state
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the highest step in `directory`, a folder of `step-...` folders."""
+    return max(directory.glob("step-*"), default=None)
+
+
+def optimizer_tensors(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """The state of every parameter under the parameter's name: `layers.0.ffn.up_proj.weight/exp_avg`."""
+    states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
+    return {
+        f"{name}/{key}": tensor
+        for name, parameter in model.named_parameters()
+        for key, tensor in states.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`."""
+    owners = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parameter_name, _, key = name.rpartition("/")
+        parameter = parameters.get(parameter_name)
+        if parameter not in owners:
+            raise ValueError(f"checkpoint holds optimizer state of {parameter_name!r}, which this model does not train")
+        device = "cpu" if key == "step" else parameter.device
+        owners[parameter].state[parameter][key] = tensor.to(device)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot sync a folder
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
