@@ -137,7 +137,7 @@ class ModelConfig:
         if model_type not in ("deepseek_v3", "deepseek_v2"):
             raise ValueError(f"model_type={model_type!r}: only deepseek_v3 and deepseek_v2 configs can be read")
         for name, value in _HF_FIXED.items():
-            _require(fields.get(name, value) == value, name, fields.get(name), f"must be {value!r} in a model read here")
+            _require(fields.get(name, value) == value, name, fields.get(name), f"only {value!r} can be read")
         known = {f.name for f in dataclasses.fields(cls)}
         missing = sorted(name for name in _HF_REQUIRED if fields.get(name) is None)
         if missing:
@@ -147,7 +147,7 @@ class ModelConfig:
             defaults |= _HF_V2_DEFAULTS
         own = defaults | {name: value for name, value in fields.items() if name in known and value is not None}
         own["q_lora_rank"] = fields.get("q_lora_rank") or None
-        own["num_key_value_heads"] = fields["num_attention_heads"]  # MLA has no such thing; configs leave it out or null
+        own["num_key_value_heads"] = fields["num_attention_heads"]  # MLA has no use for it; some configs say null
         rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
         _require(isinstance(rope, dict), "rope_scaling", rope, "must be an object")
         own["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", cls.rope_theta))

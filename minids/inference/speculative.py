@@ -1,8 +1,8 @@
 """Speculative decoding: the MTP modules propose the tokens after the next, the model checks them all in one pass.
 
 Notable choices: nothing is accepted on trust, so the text has exactly the distribution of plain decoding (greedy: the
-same tokens); sequences of a batch accept different numbers of tokens and keep their own lengths; rejected tokens are not
-cleaned up, their cache slots are written over.
+same tokens); sequences of a batch accept different numbers of tokens and keep their own lengths; rejected tokens are
+not cleaned up, their cache slots are written over.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Acceptance:
 
 
 class _Sequences:
-    """The batch as it grows. Of each sequence `known` tokens are settled; the model has read all of them but the last."""
+    """The batch as it grows. Of each sequence `known` tokens are settled; the model has read all but the last."""
 
     def __init__(self, model: MiniDS, prompts: Sequence[Sequence[int]], slots: int):
         self.model = model

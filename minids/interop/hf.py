@@ -1,11 +1,10 @@
-"""Hugging Face folders, in and out: config.json and safetensors, named and laid out as DeepSeek released V3.
+"""Hugging Face folders of DeepSeek-V3, in and out: config.json and safetensors.
 
 Notable choices:
-- one table of names serves both directions; a layout that differs is read and written through a transposed view;
 - names, shapes and number formats are checked from the files' headers before any memory is taken;
 - each tensor goes from the memory-mapped file to its place in the model, one at a time; nothing is ever unpickled;
 - an export is written beside its destination and moved there when it is complete and on disk.
-Not covered: a flipped bit inside a tensor. Like every safetensors folder, this one carries no checksums.
+Not covered: a bit flipped inside a tensor. Safetensors folders carry no checksums.
 """
 
 import json
@@ -14,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,87 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minids.config import ModelConfig
+from minids.interop.names import EMBEDDING, across, released_tensors, shared_copies
 from minids.model.transformer import MiniDS
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 EXPORTED = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-
-TOP = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}  # fmt: skip
-BLOCK = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.q_proj.weight": "self_attn.q_proj.weight",
-    "attention.q_proj.0.weight": "self_attn.q_a_proj.weight",
-    "attention.q_proj.1.weight": "self_attn.q_a_layernorm.weight",
-    "attention.q_proj.2.weight": "self_attn.q_b_proj.weight",
-    "attention.kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
-    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
-    "attention.kv_up_proj.weight": "self_attn.kv_b_proj.weight",
-    "attention.o_proj.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn.gate_proj.weight": "mlp.gate_proj.weight",
-    "ffn.up_proj.weight": "mlp.up_proj.weight",
-    "ffn.down_proj.weight": "mlp.down_proj.weight",
-    "ffn.router.weight": "mlp.gate.weight",
-    "ffn.router.bias": "mlp.gate.e_score_correction_bias",
-    "ffn.shared.gate_proj.weight": "mlp.shared_experts.gate_proj.weight",
-    "ffn.shared.up_proj.weight": "mlp.shared_experts.up_proj.weight",
-    "ffn.shared.down_proj.weight": "mlp.shared_experts.down_proj.weight",
-    "ffn.experts.gate_proj": "mlp.experts.{expert}.gate_proj.weight",
-    "ffn.experts.up_proj": "mlp.experts.{expert}.up_proj.weight",
-    "ffn.experts.down_proj": "mlp.experts.{expert}.down_proj.weight",
-}
-MTP = {
-    "hidden_norm.weight": "hnorm.weight",
-    "embedding_norm.weight": "enorm.weight",
-    "proj.weight": "eh_proj.weight",
-    "norm.weight": "shared_head.norm.weight",
-} | {f"block.{own}": released for own, released in BLOCK.items()}
-
-
-def released_name(own: str, num_hidden_layers: int) -> str:
-    """What the release calls a parameter of `MiniDS`; prediction module k is layer num_hidden_layers + k there."""
-    if own in TOP:
-        return TOP[own]
-    room, i, rest = own.split(".", 2)
-    if room == "layers":
-        return f"model.layers.{i}.{BLOCK[rest]}"
-    return f"model.layers.{num_hidden_layers + int(i)}.{MTP[rest]}"
-
-
-def released_tensors(model: MiniDS) -> dict[str, Tensor]:
-    """Every tensor of the release by name: a view of its place in the model, in the shape that the release gives it.
-
-    The experts are stacked [expert, in, out] here and separate [out, in] there.
-    """
-    tensors = {}
-    for own, parameter in model.named_parameters():
-        name = released_name(own, model.config.num_hidden_layers)
-        if parameter.ndim == 3:
-            tensors |= {name.format(expert=e): weight.T for e, weight in enumerate(parameter.detach())}
-        else:
-            tensors[name] = parameter.detach()
-    return tensors
-
-
-def shared_copies(config: ModelConfig) -> dict[str, str]:
-    """The release repeats embedding and head in every prediction layer: {name of the copy: name of the original}."""
-    copies = {}
-    for i in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
-        copies[f"model.layers.{i}.embed_tokens.weight"] = TOP["embedding.weight"]
-        copies[f"model.layers.{i}.shared_head.head.weight"] = TOP["head.weight"]
-    return copies
-
-
-def across(name: str, tensor: Tensor) -> Tensor:
-    """Carry a tensor over the border; the same in both directions.
-
-    The MTP projection reads [hidden; embedding] here, as in the paper, and [embedding; hidden] in the release, so the
-    halves of its columns change places (PITFALLS 17).
-    """
-    return tensor.roll(tensor.shape[1] // 2, dims=1) if name.endswith(".eh_proj.weight") else tensor
-
-
-# Out.
 
 
 @torch.no_grad()
@@ -113,7 +37,7 @@ def save_pretrained(model: MiniDS, directory: str | os.PathLike, *, max_shard_by
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` and `load_pretrained` read.
 
     Tensors keep their number format; beyond `max_shard_bytes` they are spread over several files with an index.
-    `directory` may be new, empty or an earlier export; it changes only once the new one is complete. Raises
+    `directory` may be new, empty or an earlier export, and changes only once the new one is complete. Raises
     `ValueError` for any other directory and for a model that a DeepSeek-V3 config cannot express, `OSError` where the
     disk refuses.
     """
@@ -121,10 +45,10 @@ def save_pretrained(model: MiniDS, directory: str | os.PathLike, *, max_shard_by
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
     fields = _config_fields(model)
     tensors = released_tensors(model)
-    # A file may not hold the same memory twice, hence the clones.
+    # Cloned, because safetensors refuses two names for the same memory.
     tensors |= {copy: tensors[original].clone() for copy, original in shared_copies(model.config).items()}
     shards = _shards(tensors, max_shard_bytes)
-    with _complete_or_absent(Path(directory)) as folder:
+    with _written_whole(Path(directory).resolve()) as folder:
         _write_json(folder / CONFIG, fields)
         for file, names in shards.items():
             shard = {name: across(name, tensors[name]).contiguous() for name in names}
@@ -134,9 +58,44 @@ def save_pretrained(model: MiniDS, directory: str | os.PathLike, *, max_shard_by
                 raise OSError(f"{directory}: not written: {error}") from None
             shutil.copymode(folder / CONFIG, folder / file)  # safetensors lets nobody but the owner read
         if len(shards) > 1:
-            total = sum(tensor.nbytes for tensor in tensors.values())
-            place = {name: file for file, names in shards.items() for name in names}
-            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": place})
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+@torch.no_grad()
+def load_pretrained(
+    directory: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    mtp: bool = True,
+) -> MiniDS:
+    """Read a DeepSeek-V3 or V2 folder: a release (FP8 too), one saved by transformers, or an export of this package.
+
+    The model takes the number format of the stored embedding unless `dtype` says otherwise; FP8 weights are
+    dequantised to it. It has as many prediction modules as the files hold, or none if `mtp` is false. Raises
+    `ValueError` naming the file, field or tensor that is missing, superfluous, damaged, of the wrong shape, or not
+    DeepSeek's.
+    """
+    directory = Path(directory)
+    fields = _read_json(directory / CONFIG)
+    config = _read_config(fields)
+    with ExitStack() as stack:
+        files = _open_tensors(directory, stack)
+        layer = {name: int(match[1]) for name in files if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+        beyond = {name: i for name, i in layer.items() if i >= config.num_hidden_layers}
+        if not mtp:
+            files = {name: file for name, file in files.items() if name not in beyond}
+        with torch.device("meta"):
+            model = MiniDS(config.replace(num_nextn_predict_layers=len(set(beyond.values())) if mtp else 0))
+        block = _fp8_block(fields)
+        _check_tensors(files, model, block)
+
+        model.to(dtype or files[EMBEDDING].get_slice(EMBEDDING)[:1].dtype).to_empty(device=device)
+        for name, place in released_tensors(model).items():
+            place.copy_(across(name, _read(files, name, block)))
+    return model
 
 
 def _config_fields(model: MiniDS) -> dict[str, Any]:
@@ -145,15 +104,23 @@ def _config_fields(model: MiniDS) -> dict[str, Any]:
     kept = ModelConfig.from_hf(fields).to_dict()
     return fields | {
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
-        # Token numbers are the tokenizer's affair; transformers would otherwise take 0 and 1.
+        # Special tokens are the tokenizer's affair; left out, transformers would take 0 and 1.
         "bos_token_id": None,
         "eos_token_id": None,
         "minids": {name: value for name, value in model.config.to_dict().items() if value != kept[name]},
     }
 
 
+def _read_config(fields: dict[str, Any]) -> ModelConfig:
+    """The inverse of `_config_fields`, for a config.json from anywhere."""
+    own = fields.get("minids", {})
+    if not isinstance(own, dict):
+        raise ValueError(f"minids={own!r}: must be an object")
+    return ModelConfig.from_dict(ModelConfig.from_hf(fields).to_dict() | own)
+
+
 def _shards(tensors: dict[str, Tensor], max_bytes: int) -> dict[str, list[str]]:
-    """Which file holds which tensors: in order, a new file where the next would exceed `max_bytes`."""
+    """Which file holds which tensors: in order, a new file where the next tensor would exceed `max_bytes`."""
     groups, room = [[]], max_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > room and groups[-1]:
@@ -166,19 +133,89 @@ def _shards(tensors: dict[str, Tensor], max_bytes: int) -> dict[str, list[str]]:
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
+    """The open file that holds each tensor. A single file goes before an index, as in transformers."""
+    index = None
+    if not (directory / SINGLE).exists():
+        if not (directory / INDEX).exists():
+            raise ValueError(f"{directory}: holds neither {SINGLE} nor {INDEX} (pickled weights are never read)")
+        index = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(index, dict) or any(not isinstance(f, str) or Path(f).name != f for f in index.values()):
+            raise ValueError(f"{directory / INDEX}: weight_map must name a file beside it for each tensor")
+    files, held_by = {}, {}
+    for file in [SINGLE] if index is None else sorted(set(index.values())):
+        try:
+            opened = stack.enter_context(safe_open(directory / file, "pt"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{directory / file}: cannot be read: {error}") from None
+        files |= dict.fromkeys(opened.keys(), opened)
+        held_by |= dict.fromkeys(opened.keys(), file)
+    if index is not None and index != held_by:
+        name = min(name for name in index.keys() | held_by.keys() if index.get(name) != held_by.get(name))
+        raise ValueError(f"{name}: {INDEX} says it lies in {index.get(name)}, but it lies in {held_by.get(name)}")
+    return files
+
+
+def _check_tensors(files: dict[str, Any], model: MiniDS, block: tuple[int, int] | None) -> None:
+    """Compare what the files hold with what the model needs, by the headers; only shared weights are read."""
+    shapes = {name: list(tensor.shape) for name, tensor in released_tensors(model).items()}
+    copies = {copy: original for copy, original in shared_copies(model.config).items() if copy in files}
+    shapes |= {copy: shapes[original] for copy, original in copies.items()}
+    if block is not None:
+        for name in [name for name in shapes if "_proj" in name and _scale_name(name) in files]:
+            rows, columns = shapes[name]
+            shapes[_scale_name(name)] = [ceil(rows / block[0]), ceil(columns / block[1])]
+    for name in sorted(shapes.keys() | files.keys()):
+        if name not in files:
+            raise ValueError(f"{name}: is missing")
+        if name not in shapes:
+            raise ValueError(f"{name}: does not belong to this model")
+        stored = files[name].get_slice(name)
+        formats = ("F8_E4M3",) if _scale_name(name) in shapes else ("F64", "F32", "F16", "BF16")
+        if stored.get_shape() != shapes[name]:
+            raise ValueError(f"{name}: has shape {stored.get_shape()}, must have {shapes[name]}")
+        if stored.get_dtype() not in formats:
+            raise ValueError(f"{name}: is stored as {stored.get_dtype()}, must be one of {', '.join(formats)}")
+    for copy, original in copies.items():
+        if not torch.equal(files[copy].get_tensor(copy), files[original].get_tensor(original)):
+            raise ValueError(f"{copy}: differs from {original}, which a prediction layer must share")
+
+
+def _read(files: dict[str, Any], name: str, block: tuple[int, int] | None) -> Float[Tensor, "..."]:
+    """One stored tensor; FP8 is multiplied out, each block by its scale (PITFALLS 21)."""
+    tensor = files[name].get_tensor(name)
+    scale_name = _scale_name(name)
+    if scale_name not in files:
+        return tensor
+    scale = files[scale_name].get_tensor(scale_name).float()
+    scale = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]
+
+
+def _fp8_block(fields: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in an FP8 folder, None in any other; other quantisations are refused."""
+    quantization = fields.get("quantization_config")
+    if quantization is None:
+        return None
+    match quantization:
+        case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]} if rows > 0 and columns > 0:
+            return rows, columns
+    raise ValueError(f"quantization_config={quantization!r}: must be fp8 with a weight_block_size of two numbers")
+
+
+def _scale_name(name: str) -> str:
+    return f"{name}_scale_inv"
 
 
 @contextmanager
-def _complete_or_absent(directory: Path) -> Iterator[Path]:
+def _written_whole(directory: Path) -> Iterator[Path]:
     """A new folder beside `directory` that takes its place when the block succeeds, and is gone when it fails."""
-    directory = directory.resolve()
     _check_replaceable(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
     aside = directory.with_name(f".{directory.name}.{uuid4().hex}")
     retired = aside.with_suffix(".old")
     try:
-        aside.mkdir(parents=True)
+        aside.mkdir()
         yield aside
         for path in (*aside.iterdir(), aside):
             _flush(path)
@@ -200,133 +237,33 @@ def _check_replaceable(directory: Path) -> None:
     if not directory.exists():
         return
     if not directory.is_dir():
-        raise ValueError(f"{directory}: is a file; an export is a directory")
+        raise ValueError(f"{directory}: is a file, must be a directory")
     names = sorted(path.name for path in directory.iterdir())
     foreign = [name for name in names if not EXPORTED.fullmatch(name)]
-    if foreign or (names and "minids" not in _read_json(directory / CONFIG)):
-        raise ValueError(f"{directory}: holds {(foreign or names)[0]!r} and is no earlier export; choose another name")
+    if foreign or names and not (CONFIG in names and "minids" in _read_json(directory / CONFIG)):
+        raise ValueError(f"{directory}: is no earlier export (it holds {(foreign or names)[0]!r}) and stays as it is")
 
 
 def _flush(path: Path) -> None:
-    """Ask for a file or folder to be on disk, not only in the system's memory."""
+    """Have a file or a folder's list of names on disk, not only in the system's memory."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder, and needs no such call
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
-
-
-# In.
-
-
-@torch.no_grad()
-def load_pretrained(
-    directory: str | os.PathLike,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    mtp: bool = True,
-) -> MiniDS:
-    """Read a DeepSeek-V3 or V2 folder: a release (FP8 too), one that transformers saved, or an export of this package.
-
-    `dtype` is by default that of the stored embedding; FP8 weights are dequantised to it. Prediction modules come
-    along as far as the files hold them, unless `mtp` is false. Raises one line of `ValueError` naming the file or
-    tensor where something is missing, superfluous, of the wrong shape, damaged, or of another architecture.
-    """
-    directory = Path(directory)
-    fields = _read_json(directory / CONFIG)
-    config = _read_config(fields)
-    with ExitStack() as stack:
-        files = _open_tensors(directory, stack)
-        layers = {name: int(match[1]) for name in files if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-        depths = len({layer for layer in layers.values() if layer >= config.num_hidden_layers}) if mtp else 0
-        if not mtp:
-            files = {name: file for name, file in files.items() if layers.get(name, -1) < config.num_hidden_layers}
-        with torch.device("meta"):
-            model = MiniDS(config.replace(num_nextn_predict_layers=depths))
-        block = _check_tensors(files, model, fields.get("quantization_config"))
-
-        dtype = dtype or files[TOP["embedding.weight"]].get_slice(TOP["embedding.weight"])[:1].dtype
-        model = model.to(dtype).to_empty(device=device)
-        for name, place in released_tensors(model).items():
-            place.copy_(across(name, _read(files, name, block)))
-        for copy, original in shared_copies(model.config).items():
-            if copy in files and not torch.equal(files[copy].get_tensor(copy), files[original].get_tensor(original)):
-                raise ValueError(f"{copy}: differs from {original}, which a prediction layer must share")
-    return model
-
-
-def _read_config(fields: dict[str, Any]) -> ModelConfig:
-    """The config of a folder; what only minids knows comes back from where `_config_fields` put it."""
-    own = fields.get("minids", {})
-    if not isinstance(own, dict):
-        raise ValueError(f"{CONFIG}: minids={own!r}: must be an object")
-    return ModelConfig.from_dict(ModelConfig.from_hf(fields).to_dict() | own)
+        os.close(descriptor)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold an object")
     return content
 
 
-def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
-    """The open file that holds each tensor. A single file goes before an index, as in transformers."""
-    index = None
-    if not (directory / SINGLE).exists():
-        if not (directory / INDEX).exists():
-            raise ValueError(f"{directory}: holds neither {SINGLE} nor {INDEX} (pickled weights are never read)")
-        index = _read_json(directory / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(f, str) and Path(f).name == f for f in index.values()):
-            raise ValueError(f"{directory / INDEX}: weight_map must give each tensor the name of a file beside it")
-    files, found = {}, {}
-    for file in [SINGLE] if index is None else sorted(set(index.values())):
-        try:
-            opened = stack.enter_context(safe_open(directory / file, "pt"))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{directory / file}: cannot be read: {error}") from None
-        found |= dict.fromkeys(opened.keys(), file)
-        files |= dict.fromkeys(opened.keys(), opened)
-    for name in sorted(set(index or {}) | set(found)):
-        if index is not None and index.get(name) != found.get(name):
-            raise ValueError(f"{name}: lies in {found.get(name)}, but {INDEX} says {index.get(name)}")
-    return files
-
-
-def _check_tensors(files: dict[str, Any], model: MiniDS, quantization: dict[str, Any] | None) -> tuple[int, int]:
-    """Compare names, shapes and number formats with what the model needs; returns the size of an FP8 block."""
-    tensors = released_tensors(model)
-    wanted = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    for copy, original in shared_copies(model.config).items():
-        if copy in files:
-            wanted[copy] = wanted[original]
-    block = (0, 0)
-    for name in sorted(set(tensors) & set(files)):
-        if files[name].get_slice(name).get_dtype() == "F8_E4M3":
-            block = _block_size(quantization)
-            wanted[f"{name}_scale_inv"] = [-(-n // b) for n, b in zip(wanted[name], block, strict=True)]
-    for name in sorted(set(wanted) | set(files)):
-        if name not in files:
-            raise ValueError(f"{name}: missing from the folder's safetensors")
-        if name not in wanted:
-            raise ValueError(f"{name}: does not belong to this model")
-        stored = files[name].get_slice(name)
-        if stored.get_shape() != wanted[name]:
-            raise ValueError(f"{name}: has shape {stored.get_shape()}, must have {wanted[name]}")
-        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16", "F8_E4M3"):
-            raise ValueError(f"{name}: is stored as {stored.get_dtype()}, must be floating-point or F8_E4M3")
-    return block
-
-
-def _block_size(quantization: dict[str, Any] | None) -> tuple[int, int]:
-    ...
-
-
-def _read(files: dict[str, Any], name: str, block: tuple[int, int]) -> Float[Tensor, "..."]:
-    ...
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

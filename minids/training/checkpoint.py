@@ -1,7 +1,7 @@
 """Checkpoints that are either whole or absent, hold no code, and say so when they were damaged.
 
 A checkpoint is a folder of safetensors files and one `state.json` that names them with their SHA-256. It is written
-beside its final place, forced to the disk and then renamed, so that a crash at any moment leaves the previous one as it was.
+beside its final place, forced to the disk and then renamed, so that a crash at any time leaves the previous one whole.
 """
 
 import contextlib
@@ -47,7 +47,8 @@ def save_checkpoint(destination: Path, tensors: dict[str, dict[str, Tensor]], st
     """Write `tensors` (a safetensors file per key) and `state` (JSON) as the folder `destination`, or nothing."""
     with written_whole(destination) as folder:
         for name, content in tensors.items():
-            save_file({key: tensor.detach().contiguous().cpu() for key, tensor in content.items()}, folder / f"{name}.safetensors")
+            content = {key: tensor.detach().contiguous().cpu() for key, tensor in content.items()}
+            save_file(content, folder / f"{name}.safetensors")
         digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
         (folder / "state.json").write_text(json.dumps({"format": FORMAT, "files": digests, **state}, indent=1))
 

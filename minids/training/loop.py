@@ -1,8 +1,8 @@
 """The training loop: one function that trains a model on a corpus and can be stopped, killed and resumed.
 
-Notable choices: a step is a function of (model, optimizer state, data position), so a resumed run repeats the undisturbed
-one bit for bit; the gradient, the loss and the expert loads are those of the whole global batch, however it is cut into
-micro-batches; every step leaves one JSON object in metrics.jsonl.
+Notable choices: a step is a function of (model, optimizer state, data position), so a resumed run repeats the
+undisturbed one bit for bit; the gradient, the loss and the expert loads are those of the whole global batch, however it
+is cut into micro-batches; every step leaves one JSON object in metrics.jsonl.
 """
 
 import dataclasses
@@ -116,31 +116,37 @@ class Trainer:
         recipe, began = self.recipe, time.perf_counter()
         mtp_weight = recipe.mtp_weight / (3 if self.schedule.is_falling(self.step) else 1)
         learning_rate = recipe.learning_rate * self.schedule.learning_rate_factor(self.step)
+        balance_speed = 0.0 if self.schedule.has_fallen(self.step) else recipe.balance_speed
 
         self.model.train()
         sums, loads = self.backward(next(self.stream), mtp_weight)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm).item()
         main = sums.main.item()
         if not math.isfinite(norm) or not main < 3 * math.log(self.model.config.vocab_size):
-            raise Diverged(f"step {self.step + 1}: loss {main:.4g}, gradient norm {norm:.4g}; try a smaller learning rate")
+            raise Diverged(
+                f"training diverged in step {self.step + 1} (loss {main:.4g}, gradient norm {norm:.4g}): "
+                f"learning_rate={recipe.learning_rate!r} may be too high"
+            )
 
         set_learning_rate(self.optimizers, learning_rate)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        metrics = {"step": self.step + 1, "loss": main, "mtp_loss": sums.mtp.item(), "balance_loss": sums.balance.item()}
-        if loads is not None:
-            self.model.update_balance_bias(loads, 0.0 if self.schedule.has_fallen(self.step) else recipe.balance_speed)
-            metrics["max_violation"] = max_violation(loads).mean().item()
         self.step += 1
-        seconds = time.perf_counter() - began
-        tokens = recipe.batch_size * recipe.seq_len
-        return metrics | {
+        metrics = {
+            "step": self.step,
+            "loss": main,
+            "mtp_loss": sums.mtp.item(),
+            "balance_loss": sums.balance.item(),
             "learning_rate": learning_rate,
             "gradient_norm": norm,
-            "tokens": self.step * tokens,
-            "tokens_per_second": tokens / seconds,
         }
+        if loads is not None:
+            self.model.update_balance_bias(loads, balance_speed)
+            metrics["max_violation"] = max_violation(loads).mean().item()
+        tokens = recipe.batch_size * recipe.seq_len
+        seconds = time.perf_counter() - began
+        return metrics | {"tokens": self.step * tokens, "tokens_per_second": tokens / seconds}
 
     def backward(self, batch: Batch, mtp_weight: float) -> tuple[Losses, torch.Tensor | None]:
         """Gradients, losses and expert loads of a global batch, whatever the micro-batches it is cut into."""
@@ -197,7 +203,8 @@ class Trainer:
         changed = [k for k, v in dataclasses.asdict(self.recipe).items() if state["recipe"].get(k, v) != v]
         if changed:
             name = changed[0]
-            raise ValueError(f"{name}={getattr(self.recipe, name)!r}: the run was started with {state['recipe'][name]!r}")
+            was = state["recipe"][name]
+            raise ValueError(f"{name}={getattr(self.recipe, name)!r}: the run was started with {was!r}")
         self.stream.load_state_dict(state["data"])
         self.model.load_state_dict(tensors["model"])
         load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
@@ -307,7 +314,7 @@ def _metrics_file(directory: Path | None) -> Iterator[Callable[[Metrics], None]]
 
 @contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets; the second interrupts at once. Only the main thread can listen."""
+    """An event that the first Ctrl-C (or SIGTERM) sets; the second interrupts at once. Only the main thread listens."""
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested

@@ -1,0 +1,270 @@
+"""The command line: python -m minids train | sample | export | import | bench.
+
+A user's mistake gets one line and exit status 2; an interrupted run says how to go on with it.
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from minids import bench
+from minids.config import ModelConfig
+from minids.course.plots import loss_curve
+from minids.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from minids.inference.generate import Sampling, stream
+from minids.inference.speculative import generate_speculatively
+from minids.interop.hf import load_pretrained, save_pretrained
+from minids.model.transformer import MiniDS
+from minids.run import RUNS, Run, free_directory, load_run, newest_run, read_metrics, read_text, save_imported
+from minids.training.loop import Diverged, Recipe, train
+
+app = tyro.extras.SubcommandApp()
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command: tyro reads its signature, and parsing returns it with its arguments, to run later."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def prepare(*args: Any, **kwargs: Any) -> Callable[[], None]:
+            return functools.partial(function, *args, **kwargs)
+
+        app.command(prepare, name=name)
+        return function
+
+    return register
+
+
+Positional, Flat = tyro.conf.Positional, tyro.conf.OmitArgPrefixes
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@command("train")
+def train_command(
+    preset: str = "tiny",
+    recipe: Flat[Recipe] = Recipe(),  # noqa: B008 - frozen
+    data: tuple[str, ...] = ("pydocs", "stdlib"),
+    tokenizer: str = "bytes",
+    max_bytes: int | None = None,
+    name: str | None = None,
+    resume: Path | None = None,
+    device: Device = "auto",
+    threads: int | None = None,
+) -> None:
+    """Pre-train a model and keep the run under runs/.
+
+    Args:
+        preset: Size of the model: nano, tiny, small, medium, v2_lite, v2 or v3.
+        data: Text to read: pydocs, stdlib, files, folders, or hf:DATASET.
+        tokenizer: bytes, bpe:SIZE (trained on the text), or the path of a saved tokenizer.
+        max_bytes: Read no more than this from each source of text.
+        name: Folder under runs/; by default the preset's name, with a number where that is taken.
+        resume: Folder of a run to go on with; all but device and threads is then read from there.
+        device: Where to train; auto takes CUDA where there is one.
+        threads: CPU threads; by default torch's choice.
+    """
+    device = _choose(device, threads)
+    if resume is not None:
+        directory, run = resume, Run.load(resume)
+        text = read_text(run, load_tokenizer(resume))
+    else:
+        directory = RUNS / name if name else free_directory(preset)
+        if directory.exists():
+            raise ValueError(f"{directory} exists: choose another --name, or go on with --resume {directory}")
+        config = ModelConfig.preset(preset)
+        text = read_text(Run(config, recipe, data, max_bytes), tokenizer)
+        run = Run(config.replace(vocab_size=-(-text.tokenizer.vocab_size // 16) * 16), recipe, data, max_bytes)
+    torch.manual_seed(run.recipe.seed)
+    model = MiniDS(run.config).to(device)
+    print(f"{directory}: {model.num_parameters():,} parameters, {model.num_active_parameters():,} active; ", end="")
+    print(f"{len(text.train.tokens):,} tokens of text, {len(text.validation.tokens):,} held out", flush=True)
+    if resume is None:
+        run.save(directory)
+        text.tokenizer.save(directory)
+    try:
+        train(model, text, run.recipe, directory=directory, resume=resume is not None)
+    except Diverged as error:
+        raise ValueError(f"{error}; the last good checkpoint, if any, is in {directory}/checkpoints") from None
+    _report(directory, model, text.tokenizer, run.recipe)
+
+
+@command("sample")
+def sample(
+    run: Positional[Path | None] = None,
+    prompt: str | None = None,
+    max_new_tokens: int = 300,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    speculative: bool = False,
+    seed: int = 0,
+    device: Device = "auto",
+    threads: int | None = None,
+) -> None:
+    """Let a trained model go on with a text. Without --prompt it asks for one, again and again.
+
+    Args:
+        run: Folder of the run; by default the newest.
+        prompt: Text to go on with.
+        max_new_tokens: Tokens to generate at most.
+        temperature: 0 always takes the likeliest token.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        speculative: Draft with the MTP modules, and say how many drafts were accepted.
+        seed: Seed of the draws.
+    """
+    model, tokenizer = load_run(run or newest_run(), _choose(device, threads))
+    generator = torch.Generator(model.head.weight.device).manual_seed(seed)
+    options = dict(max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p), generator=generator)
+    if prompt is not None:
+        _continue(model, tokenizer, prompt, speculative, options)
+        return
+    while True:
+        try:
+            prompt = input("\nprompt (empty to leave)> ")
+        except EOFError:
+            return
+        if not prompt:
+            return
+        try:
+            _continue(model, tokenizer, prompt, speculative, options)
+        except ValueError as error:
+            print(error)
+
+
+@command("export")
+def export(run: Positional[Path], directory: Positional[Path]) -> None:
+    """Write the model of a run as a Hugging Face DeepSeek-V3 folder, which transformers loads.
+
+    Args:
+        run: Folder of the run.
+        directory: Folder to write; it must not exist yet.
+    """
+    model, tokenizer = load_run(run)
+    save_pretrained(model, directory)
+    tokenizer.save(directory)
+    print(f"{directory} holds {model.num_parameters(mtp=True):,} parameters as DeepseekV3ForCausalLM")
+
+
+@command("import")
+def import_command(directory: Positional[Path], name: Positional[str]) -> None:
+    """Read a Hugging Face DeepSeek-V2 or V3 folder into a run, to sample from it.
+
+    Args:
+        directory: Folder with config.json, safetensors, and a tokenizer.json that minids wrote.
+        name: Folder to make under runs/.
+    """
+    destination = RUNS / name
+    if destination.exists():
+        raise ValueError(f"{destination} exists: choose another name")
+    tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").exists() else ByteTokenizer()
+    model = load_pretrained(directory)
+    save_imported(model, tokenizer, destination)
+    print(f"{destination} holds {model.num_parameters(mtp=True):,} parameters. Next:")
+    print(f"    python -m minids sample {destination}")
+
+
+@command("bench")
+def bench_command(
+    names: Positional[tuple[str, ...]] = bench.QUESTIONS,
+    repeats: int = 7,
+    run: Path | None = None,
+    threads: int = 1,
+    output_json: bool = False,
+) -> None:
+    """Measure side by side with transformers, and print ratios with their spread.
+
+    Args:
+        names: What to measure: train, decode, experts, context, speculative.
+        repeats: How often both sides are measured in turn.
+        run: A trained run, for speculative decoding; by default the newest.
+        threads: CPU threads.
+        output_json: Print the figures as JSON.
+    """
+    torch.set_num_threads(threads)
+    bench.run(names, repeats, run, output_json)
+
+
+def _choose(device: str, threads: int | None) -> str:
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads={threads}: must be at least 1")
+        torch.set_num_threads(threads)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': there is no CUDA device here")
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _report(directory: Path, model: MiniDS, tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """After training: the figure, a sample, and what to do next."""
+    metrics = read_metrics(directory)
+    loss_curve(metrics).savefig(directory / "loss.png", dpi=120)
+    if metrics[-1]["step"] < recipe.steps:
+        print(f"\nStopped after step {metrics[-1]['step']} of {recipe.steps}; everything is saved. Go on with:")
+        print(f"    python -m minids train --resume {directory}")
+        return
+    print(f"\nValidation: {metrics[-1]['validation_bits_per_byte']:.3f} bits per byte. A sample:\n")
+    generator = torch.Generator(model.head.weight.device).manual_seed(0)
+    options = dict(max_new_tokens=300, sampling=Sampling(0.7, 0.95), generator=generator)
+    _continue(model.eval(), tokenizer, "The with statement", False, options)
+    print(f"\nKept in {directory}/: checkpoints, metrics.jsonl, loss.png. Next:")
+    print(f"    python -m minids sample {directory} --prompt 'import os'")
+    print(f"    python -m minids export {directory} my-model      # a folder that transformers loads")
+
+
+def _continue(model: MiniDS, tokenizer: Tokenizer, prompt: str, speculative: bool, options: dict) -> None:
+    """Print the prompt and what follows, token by token as it comes."""
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    stop = [tokenizer.eos_id]
+    if speculative:
+        (completion,), acceptance = generate_speculatively(model, [ids], stop=stop, **options)
+        print(prompt + tokenizer.decode(completion))
+        print(f"[{acceptance.rate():.0%} of the drafts accepted, {acceptance.tokens_per_round:.2f} tokens per pass]")
+        return
+    print(prompt, end="", flush=True)
+    completion, shown = [], ""
+    for _, (token,) in stream(model, [ids], stop=stop, **options):
+        completion.append(token)
+        text = tokenizer.decode(completion)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
+def _parse() -> Callable[[], None]:
+    """The command that was asked for, ready to run. Raises `ValueError` with tyro's complaint on one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return app.cli(prog="python -m minids", description=__doc__)
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        inside = [line.strip("│ ").strip() for line in complaint.getvalue().splitlines() if line.startswith("│")]
+        text = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), inside))
+        text = text.replace("Error parsing __tyro-dummy-inner__.recipe: ", "").rstrip(".")
+        raise ValueError(f"{text}; see --help") from None
+
+
+def main() -> int:
+    """Run the command; a user's mistake is one line on stderr and status 2."""
+    try:
+        _parse()()
+    except (ValueError, OSError) as error:
+        print(f"minids: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minids: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

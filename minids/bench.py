@@ -1,0 +1,255 @@
+"""Side-by-side measurements: this package against transformers, and against itself, in one run each.
+
+Both sides have the same weights and batches, take turns, and are compared pair by pair, so that a machine that slows
+down slows down both. Printed is the median ratio with its spread (smallest to largest). Work is counted in CPU seconds
+of this process; on one thread that is the time it takes undisturbed.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from minids.config import ModelConfig
+from minids.inference.generate import Sampling, generate
+from minids.inference.speculative import generate_speculatively
+from minids.interop.hf import save_pretrained
+from minids.model.transformer import MiniDS
+from minids.run import load_run, newest_run
+
+QUESTIONS = ("train", "memory", "decode", "experts", "context", "speculative")
+CONFIG = ModelConfig(
+    vocab_size=512, hidden_size=256, intermediate_size=704, moe_intermediate_size=128, num_hidden_layers=6,
+    num_nextn_predict_layers=0, num_attention_heads=8, num_key_value_heads=8, q_lora_rank=96, kv_lora_rank=64,
+    qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, first_k_dense_replace=1, n_routed_experts=16,
+    num_experts_per_tok=4, n_group=4, topk_group=2, max_position_embeddings=2048, initializer_range=None,
+    aux_loss_alpha=0.0,
+)  # fmt: skip
+BATCH, SEQ_LEN = 8, 256
+SMALL_SEQ_LEN = 1024
+
+
+def run(questions: Sequence[str], repeats: int, trained: Path | None, as_json: bool) -> None:
+    """Answer `questions` and print them as a table, or as JSON."""
+    unknown = [name for name in questions if name not in QUESTIONS]
+    if unknown:
+        raise ValueError(f"unknown benchmark {unknown[0]!r}; there are {', '.join(QUESTIONS)}")
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats}: a spread needs at least 2")
+    answers = {
+        "train": lambda: training(repeats),
+        "memory": peak_memory,
+        "decode": lambda: decoding(repeats),
+        "experts": lambda: number_of_experts(repeats),
+        "context": lambda: context_length(repeats),
+        "speculative": lambda: speculation(repeats, trained),
+    }
+    rows = []
+    for name in tqdm(questions, disable=as_json):
+        rows += answers[name]()
+    if torch.cuda.is_available():
+        rows += cuda_training(repeats)
+    machine = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if as_json:
+        print(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        return
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print("| what | figure | smallest to largest | aim |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['what']} | {row['median']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['aim']} |")
+
+
+def training(repeats: int) -> list[dict]:
+    """A training step against transformers with each of its experts implementations, float32 and AdamW on both."""
+    model, twin = MiniDS(CONFIG), _transformers_twin(MiniDS(CONFIG))
+    tokens = torch.randint(CONFIG.vocab_size, (BATCH, SEQ_LEN + 1))
+    ours, theirs = _training_step(model, tokens), _training_step(twin, tokens)
+    rows = []
+    for implementation in ("grouped_mm", "eager"):
+        twin.set_experts_implementation(implementation)
+        what = f"training step, transformers {implementation} / minids"
+        rows.append(_compare(what, theirs, ours, repeats, ">= 1.2"))
+    in_bf16 = _training_step(model, tokens, torch.bfloat16)
+    if torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"):
+        rows.append(_compare("training step, float32 / bfloat16", ours, in_bf16, repeats, ""))
+    return rows
+
+
+def peak_memory() -> list[dict]:
+    """Peak memory of a process that takes three training steps, transformers over minids."""
+    code = "from minids import bench; print(bench.measure_peak_memory({!r}))"
+    peaks = [
+        int(subprocess.check_output([sys.executable, "-c", code.format(side)], stderr=subprocess.DEVNULL, text=True))
+        for side in ("transformers", "minids")
+    ]
+    ratio = peaks[0] / peaks[1]
+    return [_row("peak memory of training, transformers / minids", [ratio], ">= 1")]
+
+
+def measure_peak_memory(side: str) -> int:
+    """Take three training steps and return by how much they raised this process's peak memory, in bytes."""
+    import resource  # absent on Windows
+
+    torch.set_num_threads(1)
+    model = MiniDS(CONFIG) if side == "minids" else _transformers_twin(MiniDS(CONFIG))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = _training_step(model, torch.randint(CONFIG.vocab_size, (BATCH, SEQ_LEN + 1)))
+    for _ in range(3):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def decoding(repeats: int) -> list[dict]:
+    """Cached greedy decoding against transformers `generate`, at batch 1 and 16."""
+    model = MiniDS(CONFIG).eval()
+    twin = _transformers_twin(model).eval()
+    rows = []
+    for batch in (1, 16):
+        prompts = torch.randint(1, CONFIG.vocab_size, (batch, 16))
+
+        def ours(prompts=prompts):
+            generate(model, prompts.tolist(), max_new_tokens=64, sampling=Sampling(0.0))
+
+        def theirs(prompts=prompts):
+            with torch.inference_mode():
+                twin.generate(prompts, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
+
+        for implementation in ("eager", "grouped_mm"):
+            twin.set_experts_implementation(implementation)
+            what = f"decoding at batch {batch}, transformers {implementation} / minids"
+            rows.append(_compare(what, theirs, ours, repeats, ">= 4"))
+    return rows
+
+
+def number_of_experts(repeats: int) -> list[dict]:
+    """A training step with 64 experts against one with 8 of the same size, top-k fixed."""
+    tokens = torch.randint(CONFIG.vocab_size, (BATCH, SEQ_LEN + 1))
+    many, few = (_training_step(MiniDS(CONFIG.replace(n_routed_experts=n)), tokens) for n in (64, 8))
+    return [_compare("training step, 64 experts / 8 experts", many, few, repeats, "<= 1.4")]
+
+
+def context_length(repeats: int) -> list[dict]:
+    """A cached decoding step at position 1024 against one at position 128."""
+    model = MiniDS(CONFIG).eval()
+
+    def steps_at(position: int) -> Callable[[], None]:
+        cache = model.new_cache(1, 2048)
+
+        @torch.inference_mode()
+        def steps():
+            cache.truncate(torch.tensor([position]))
+            for _ in range(32):
+                model.trunk(torch.zeros(1, 1, dtype=torch.int64), cache)
+
+        return steps
+
+    return [_compare("decoding step, position 1024 / 128", steps_at(1024), steps_at(128), repeats, "< 1.5")]
+
+
+def speculation(repeats: int, trained: Path | None) -> list[dict]:
+    """Greedy decoding with the trained MTP module against plain decoding, at batch 1."""
+    model, tokenizer = load_run(trained or newest_run())
+    texts = ("The with statement", "import os\n\ndef ", "    Return ")
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    options = dict(max_new_tokens=128, sampling=Sampling(0.0))
+    rates = []
+
+    def plain():
+        for prompt in prompts:
+            generate(model, [prompt], **options)
+
+    def speculative():
+        for prompt in prompts:
+            rates.append(generate_speculatively(model, [prompt], **options)[1].rate())
+
+    row = _compare("decoding at batch 1, plain / speculative", plain, speculative, repeats, ">= 1.25")
+    return [row, _row("acceptance rate of the first draft", rates, "")]
+
+
+def cuda_training(repeats: int) -> list[dict]:
+    """Tokens per second and model FLOPs utilisation of the preset `small` in bfloat16 on the GPU."""
+    config = ModelConfig.preset("small")
+    model = MiniDS(config).cuda()
+    tokens = torch.randint(config.vocab_size, (32, SMALL_SEQ_LEN + 1), device="cuda")
+    step = _training_step(model, tokens, torch.bfloat16)
+    seconds = []
+    for _ in range(repeats + 2):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    rates = [tokens[:, 1:].numel() / s for s in seconds[2:]]
+    matmul_parameters = model.num_active_parameters() - config.vocab_size * config.hidden_size
+    head_width = config.qk_head_dim + config.v_head_dim
+    attention = 3 * config.num_hidden_layers * config.num_attention_heads * head_width * SMALL_SEQ_LEN
+    peak = {(9, 0): 989e12, (8, 0): 312e12}.get(torch.cuda.get_device_capability())
+    rows = [_row("small on the GPU, thousand tokens/s in bf16", [rate / 1e3 for rate in rates], "")]
+    if peak is not None:
+        utilisation = [rate * (6 * matmul_parameters + attention) / peak for rate in rates]
+        rows.append(_row("small on the GPU, model FLOPs utilisation", utilisation, ""))
+    return rows
+
+
+def _training_step(
+    model: torch.nn.Module, tokens: torch.Tensor, dtype: torch.dtype | None = None
+) -> Callable[[], None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    model.train()
+
+    def step() -> None:
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype is not None):
+            logits = model(tokens[:, :-1]).logits
+        F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _transformers_twin(model: MiniDS) -> torch.nn.Module:
+    """The same weights in transformers' own model, with the implementation of experts that trains fastest."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise ValueError("the comparison needs transformers: pip install transformers") from None
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, Path(folder) / "model")
+        twin = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
+    twin.set_experts_implementation("grouped_mm")
+    return twin
+
+
+def _compare(what: str, numerator: Callable, denominator: Callable, repeats: int, aim: str) -> dict:
+    """CPU seconds of the first over those of the second, pair by pair, after one pair to warm up."""
+    ratios, seconds = [], []
+    for _ in range(repeats + 1):
+        pair = [_cpu_seconds(numerator), _cpu_seconds(denominator)]
+        ratios.append(pair[0] / pair[1])
+        seconds.append(pair)
+    return _row(what, ratios[1:], aim) | {"cpu_seconds": seconds[1:]}
+
+
+def _cpu_seconds(function: Callable) -> float:
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def _row(what: str, figures: list[float], aim: str) -> dict:
+    return {"what": what, "median": statistics.median(figures), "low": min(figures), "high": max(figures), "aim": aim}

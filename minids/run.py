@@ -1,0 +1,121 @@
+"""A run is a folder: what was asked for (run.json), the tokenizer, the checkpoints, the metrics and their figure."""
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minids.config import ModelConfig
+from minids.data.batches import tokenize
+from minids.data.corpus import read_documents, split_documents
+from minids.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from minids.model.transformer import MiniDS
+from minids.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from minids.training.loop import Recipe, TextData
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that `train` needs to begin, or to go on."""
+
+    config: ModelConfig
+    recipe: Recipe
+    data: tuple[str, ...]
+    max_bytes: int | None = None
+
+    def save(self, directory: Path) -> None:
+        """Write run.json, whole or not at all."""
+        fields = {
+            "config": self.config.to_dict(),
+            "recipe": dataclasses.asdict(self.recipe),
+            "data": self.data,
+            "max_bytes": self.max_bytes,
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / "run.json.partial"
+        partial.write_text(json.dumps(fields, indent=1))
+        os.replace(partial, directory / "run.json")
+
+    @classmethod
+    def load(cls, directory: Path) -> "Run":
+        """Read run.json. Raises `ValueError` where it is missing or damaged."""
+        path = directory / "run.json"
+        try:
+            fields = json.loads(path.read_text())
+            config, recipe = ModelConfig.from_dict(fields["config"]), Recipe(**fields["recipe"])
+            return cls(config, recipe, tuple(fields["data"]), fields["max_bytes"])
+        except FileNotFoundError:
+            raise ValueError(f"{directory} is no run: it has no run.json") from None
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
+            raise ValueError(f"{path} is damaged: not the description of a run") from None
+
+
+def read_text(run: Run, tokenizer: Tokenizer | str) -> TextData:
+    """The documents of the run, split and tokenized.
+
+    `tokenizer` is one, or "bytes", "bpe:SIZE" (then trained on the training split) or the path of a saved one.
+    """
+    documents = itertools.chain(*(read_documents(source, max_bytes=run.max_bytes) for source in run.data))
+    training, validation = split_documents(documents)
+    if isinstance(tokenizer, str):
+        tokenizer = _make_tokenizer(tokenizer, (document.text for document in training))
+    return TextData(tokenize(training, tokenizer), tokenize(validation, tokenizer), tokenizer)
+
+
+def _make_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind.startswith("bpe:"):
+        size = kind.removeprefix("bpe:")
+        if not size.isdecimal():
+            raise ValueError(f"tokenizer={kind!r}: the size after bpe: must be a whole number")
+        return BPETokenizer.train(texts, int(size))
+    return load_tokenizer(kind)
+
+
+def load_run(directory: Path, device: str = "cpu") -> tuple[MiniDS, Tokenizer]:
+    """The model of the newest checkpoint, in evaluation mode, and its tokenizer. Raises `ValueError` if damaged."""
+    newest = latest_checkpoint(directory / "checkpoints")
+    if newest is None:
+        raise ValueError(f"{directory} holds no checkpoint")
+    tensors, state = load_checkpoint(newest)
+    with torch.device("meta"):
+        model = MiniDS(ModelConfig.from_dict(state["config"]))
+    try:
+        model.load_state_dict(tensors["model"], assign=True)
+    except (RuntimeError, KeyError):
+        raise ValueError(f"{newest} is damaged: its tensors do not fit its config") from None
+    return model.to(device).eval(), load_tokenizer(directory)
+
+
+def newest_run() -> Path:
+    """The run that was worked on last."""
+    runs = [path.parent for path in RUNS.glob("*/run.json")]
+    if not runs:
+        raise ValueError(f"there is no run under {RUNS}/: train one first")
+    return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+
+
+def free_directory(name: str) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on where that is taken."""
+    candidates = itertools.chain([RUNS / name], (RUNS / f"{name}-{i}" for i in itertools.count(2)))
+    return next(path for path in candidates if not path.exists())
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    """The objects of metrics.jsonl, a step each."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def save_imported(model: MiniDS, tokenizer: Tokenizer, directory: Path) -> None:
+    """Keep a model that was not trained here as a run with one checkpoint, of step 0."""
+    checkpoint = directory / "checkpoints" / "step-00000000"
+    save_checkpoint(checkpoint, {"model": model.state_dict()}, {"step": 0, "config": model.config.to_dict()})
+    tokenizer.save(directory)
