@@ -81,7 +81,7 @@ def train_command(
             raise ValueError(f"{directory} exists: choose another --name, or go on with --resume {directory}")
         config = ModelConfig.preset(preset)
         text = read_text(Run(config, recipe, data, max_bytes), tokenizer)
-        run = Run(config.replace(vocab_size=-(-text.tokenizer.vocab_size // 16) * 16), recipe, data, max_bytes)
+        run = Run(config.replace(vocab_size=text.tokenizer.vocab_size), recipe, data, max_bytes)
     torch.manual_seed(run.recipe.seed)
     model = MiniDS(run.config).to(device)
     print(f"{directory}: {model.num_parameters():,} parameters, {model.num_active_parameters():,} active; ", end="")

@@ -23,7 +23,7 @@ class YaRN:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            _require(type(value) in (int, float) and value >= 0, f.name, value, "must be a number, at least 0")
+            _require(type(value) in (int, float) and 0 <= value < float("inf"), f.name, value, "must be a number >= 0")
         _require(self.factor >= 1, "factor", self.factor, "must be at least 1")
         _require(
             self.original_max_position_embeddings > 0,
@@ -199,7 +199,10 @@ def _check(c: ModelConfig) -> None:
         _require(getattr(c, field) in words, field, getattr(c, field), f"must be one of {', '.join(words)}")
     for field, kinds in (("q_lora_rank", (int,)), ("initializer_range", (int, float))):
         value = getattr(c, field)
-        _require(value is None or (type(value) in kinds and value > 0), field, value, "must be positive or None")
+        positive = type(value) in kinds and 0 < value < float("inf")
+        _require(value is None or positive, field, value, "must be positive or None")
+    _require(isinstance(c.rope_scaling, YaRN | None), "rope_scaling", c.rope_scaling, "must be a YaRN or None")
+    _require(type(c.norm_topk_prob) is bool, "norm_topk_prob", c.norm_topk_prob, "must be True or False")
     _require(c.rope_theta > 1, "rope_theta", c.rope_theta, "must exceed 1")
     _require(c.rms_norm_eps > 0, "rms_norm_eps", c.rms_norm_eps, "must be positive")
     _require(c.routed_scaling_factor > 0, "routed_scaling_factor", c.routed_scaling_factor, "must be positive")
@@ -209,7 +212,8 @@ def _check(c: ModelConfig) -> None:
         c.num_key_value_heads,
         f"must divide num_attention_heads={c.num_attention_heads}",
     )
-    _require(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", c.qk_rope_head_dim, "must be even: rotation needs pairs")
+    rotated = "qk_rope_head_dim" if c.attention == "mla" else "v_head_dim"
+    _require(getattr(c, rotated) % 2 == 0, rotated, getattr(c, rotated), "must be even: rotation needs pairs")
     _require(
         c.first_k_dense_replace <= c.num_hidden_layers,
         "first_k_dense_replace",

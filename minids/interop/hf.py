@@ -1,22 +1,20 @@
 """Hugging Face folders of DeepSeek-V3, in and out: config.json and safetensors.
 
 Notable choices:
-- names, shapes and number formats are checked from the files' headers before any memory is taken;
+- names, shapes and number formats are checked from the files' headers before memory is taken for the model;
 - each tensor goes from the memory-mapped file to its place in the model, one at a time; nothing is ever unpickled;
-- an export is written beside its destination and moved there when it is complete and on disk.
-Not covered: a bit flipped inside a tensor. Safetensors folders carry no checksums.
+- an export appears when it is complete and on disk, or not at all.
+Not covered: a bit flipped inside a tensor, because safetensors carry no checksums.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from math import ceil
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from jaxtyping import Float
@@ -25,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minids.config import ModelConfig
+from minids.interop.folder import written_whole
 from minids.interop.names import EMBEDDING, across, released_tensors, shared_copies
 from minids.model.transformer import MiniDS
 
@@ -41,14 +40,16 @@ def save_pretrained(model: MiniDS, directory: str | os.PathLike, *, max_shard_by
     `ValueError` for any other directory and for a model that a DeepSeek-V3 config cannot express, `OSError` where the
     disk refuses.
     """
+    directory = Path(directory)
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
+    _check_replaceable(directory)
     fields = _config_fields(model)
     tensors = released_tensors(model)
     # Cloned, because safetensors refuses two names for the same memory.
     tensors |= {copy: tensors[original].clone() for copy, original in shared_copies(model.config).items()}
     shards = _shards(tensors, max_shard_bytes)
-    with _written_whole(Path(directory).resolve()) as folder:
+    with written_whole(directory) as folder:
         _write_json(folder / CONFIG, fields)
         for file, names in shards.items():
             shard = {name: across(name, tensors[name]).contiguous() for name in names}
@@ -81,15 +82,18 @@ def load_pretrained(
     directory = Path(directory)
     fields = _read_json(directory / CONFIG)
     config = _read_config(fields)
+    block = _fp8_block(fields)
     with ExitStack() as stack:
         files = _open_tensors(directory, stack)
+        least = config.num_hidden_layers + config.num_moe_layers * config.n_routed_experts
+        if len(files) < least:  # before a damaged config asks for a billion layers
+            raise ValueError(f"{directory}: holds {len(files)} tensors, a model of its config.json at least {least}")
         layer = {name: int(match[1]) for name in files if (match := re.match(r"model\.layers\.(\d+)\.", name))}
         beyond = {name: i for name, i in layer.items() if i >= config.num_hidden_layers}
         if not mtp:
             files = {name: file for name, file in files.items() if name not in beyond}
         with torch.device("meta"):
             model = MiniDS(config.replace(num_nextn_predict_layers=len(set(beyond.values())) if mtp else 0))
-        block = _fp8_block(fields)
         _check_tensors(files, model, block)
 
         model.to(dtype or files[EMBEDDING].get_slice(EMBEDDING)[:1].dtype).to_empty(device=device)
@@ -117,6 +121,17 @@ def _read_config(fields: dict[str, Any]) -> ModelConfig:
     if not isinstance(own, dict):
         raise ValueError(f"minids={own!r}: must be an object")
     return ModelConfig.from_dict(ModelConfig.from_hf(fields).to_dict() | own)
+
+
+def _fp8_block(fields: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in an FP8 folder, None in any other; other quantisations are refused."""
+    quantization = fields.get("quantization_config")
+    match quantization:
+        case None:
+            return None
+        case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]} if rows > 0 and columns > 0:
+            return rows, columns
+    raise ValueError(f"quantization_config={quantization!r}: must be fp8 with a weight_block_size of two numbers")
 
 
 def _shards(tensors: dict[str, Tensor], max_bytes: int) -> dict[str, list[str]]:
@@ -162,6 +177,7 @@ def _check_tensors(files: dict[str, Any], model: MiniDS, block: tuple[int, int] 
     copies = {copy: original for copy, original in shared_copies(model.config).items() if copy in files}
     shapes |= {copy: shapes[original] for copy, original in copies.items()}
     if block is not None:
+        # As released: every linear layer may be FP8; embedding, head, gate and norms never are.
         for name in [name for name in shapes if "_proj" in name and _scale_name(name) in files]:
             rows, columns = shapes[name]
             shapes[_scale_name(name)] = [ceil(rows / block[0]), ceil(columns / block[1])]
@@ -182,55 +198,18 @@ def _check_tensors(files: dict[str, Any], model: MiniDS, block: tuple[int, int] 
 
 
 def _read(files: dict[str, Any], name: str, block: tuple[int, int] | None) -> Float[Tensor, "..."]:
-    """One stored tensor; FP8 is multiplied out, each block by its scale (PITFALLS 21)."""
+    """One stored tensor; where it is FP8, each block is multiplied by its scale (PITFALLS 21)."""
     tensor = files[name].get_tensor(name)
     scale_name = _scale_name(name)
     if scale_name not in files:
         return tensor
     scale = files[scale_name].get_tensor(scale_name).float()
     scale = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]
-
-
-def _fp8_block(fields: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale in an FP8 folder, None in any other; other quantisations are refused."""
-    quantization = fields.get("quantization_config")
-    if quantization is None:
-        return None
-    match quantization:
-        case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]} if rows > 0 and columns > 0:
-            return rows, columns
-    raise ValueError(f"quantization_config={quantization!r}: must be fp8 with a weight_block_size of two numbers")
+    return tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]  # edge blocks may be smaller
 
 
 def _scale_name(name: str) -> str:
     return f"{name}_scale_inv"
-
-
-@contextmanager
-def _written_whole(directory: Path) -> Iterator[Path]:
-    """A new folder beside `directory` that takes its place when the block succeeds, and is gone when it fails."""
-    _check_replaceable(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = directory.with_name(f".{directory.name}.{uuid4().hex}")
-    retired = aside.with_suffix(".old")
-    try:
-        aside.mkdir()
-        yield aside
-        for path in (*aside.iterdir(), aside):
-            _flush(path)
-        if directory.exists():
-            directory.rename(retired)
-        try:
-            aside.rename(directory)
-        except OSError:
-            if retired.exists():
-                retired.rename(directory)
-            raise
-        _flush(directory.parent)
-        shutil.rmtree(retired, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_replaceable(directory: Path) -> None:
@@ -242,17 +221,6 @@ def _check_replaceable(directory: Path) -> None:
     foreign = [name for name in names if not EXPORTED.fullmatch(name)]
     if foreign or names and not (CONFIG in names and "minids" in _read_json(directory / CONFIG)):
         raise ValueError(f"{directory}: is no earlier export (it holds {(foreign or names)[0]!r}) and stays as it is")
-
-
-def _flush(path: Path) -> None:
-    """Have a file or a folder's list of names on disk, not only in the system's memory."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -24,9 +24,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
-        if x.requires_grad and x.device.type == "cpu":
+        if x.requires_grad and x.device.type == "cpu" and x.dtype == self.weight.dtype:
             return _RMSNormWithGradient.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class _RMSNormWithGradient(torch.autograd.Function):

@@ -89,8 +89,12 @@ def grouped_matmul(
 ) -> Float[Tensor, "rows out"]:
     """Multiply the first load[0] rows by weight[0], the next load[1] rows by weight[1], and so on.
 
-    One kernel for all experts, whatever their number. It has no float64, where the rows are padded to equal counts.
+    One kernel for all experts, whatever their number. Autocast does not know it, so it casts for itself; and it has no
+    float64, where the rows are padded to equal counts.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
     if x.dtype != torch.float64:
         return F.grouped_mm(x, weight, offs=load.cumsum(0).to(torch.int32))
     slot = torch.arange(len(x), device=x.device) - (load.cumsum(0) - load).repeat_interleave(load)
