@@ -6,7 +6,7 @@ A user's mistake gets one line and exit status 2; an interrupted run says how to
 import contextlib
 import functools
 import io
-import itertools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ from minids.inference.speculative import generate_speculatively
 from minids.interop.hf import load_pretrained, save_pretrained
 from minids.model.transformer import MiniDS
 from minids.run import RUNS, Run, free_directory, load_run, newest_run, read_metrics, read_text, save_imported
-from minids.training.loop import Diverged, Recipe, train
+from minids.training.loop import Diverged, Recipe, Trainer
 
 app = tyro.extras.SubcommandApp()
 
@@ -84,13 +84,14 @@ def train_command(
         run = Run(config.replace(vocab_size=text.tokenizer.vocab_size), recipe, data, max_bytes)
     torch.manual_seed(run.recipe.seed)
     model = MiniDS(run.config).to(device)
+    trainer = Trainer(model, text, run.recipe)
     print(f"{directory}: {model.num_parameters():,} parameters, {model.num_active_parameters():,} active; ", end="")
     print(f"{len(text.train.tokens):,} tokens of text, {len(text.validation.tokens):,} held out", flush=True)
     if resume is None:
         run.save(directory)
         text.tokenizer.save(directory)
     try:
-        train(model, text, run.recipe, directory=directory, resume=resume is not None)
+        trainer.run(directory=directory, resume=resume is not None)
     except Diverged as error:
         raise ValueError(f"{error}; the last good checkpoint, if any, is in {directory}/checkpoints") from None
     _report(directory, model, text.tokenizer, run.recipe)
@@ -247,8 +248,8 @@ def _parse() -> Callable[[], None]:
     except SystemExit as exit:
         if not exit.code:
             raise
-        inside = [line.strip("│ ").strip() for line in complaint.getvalue().splitlines() if line.startswith("│")]
-        text = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), inside))
+        first_section = re.split(r"(?m)^.*[─-]{5}.*$", complaint.getvalue())[1]  # what stands under the box's title
+        text = " ".join(line.strip("│ ") for line in first_section.split("\n")).strip()
         text = text.replace("Error parsing __tyro-dummy-inner__.recipe: ", "").rstrip(".")
         raise ValueError(f"{text}; see --help") from None
 

@@ -1,6 +1,6 @@
 """The model's shape as one frozen dataclass with Hugging Face's field names, and the presets.
 
-Notable choices: every field is a number or a word that a DeepSeek `config.json` also uses, except the five marked
+Notable choices: every field is a number or a word that a DeepSeek `config.json` also uses, except the four marked
 "minids only"; a config is checked once, when it is made; the published models are presets like the small ones.
 """
 
@@ -156,7 +156,7 @@ class ModelConfig:
         return cls(**own)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` of `DeepseekV3ForCausalLM`; a config that this class cannot express is a `ValueError`."""
+        """The `config.json` of `DeepseekV3ForCausalLM`; `ValueError` if it cannot express this. None becomes 0.02."""
         _require(self.attention == "mla", "attention", self.attention, "Hugging Face's DeepSeek-V3 has MLA only")
         _require(self.selects_with_bias, "topk_method", self.topk_method, "only noaux_tc routing can be exported")
         _require(self.scoring_func == "sigmoid", "scoring_func", self.scoring_func, "only sigmoid can be exported")

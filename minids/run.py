@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from minids.config import ModelConfig
 from minids.data.batches import tokenize
 from minids.data.corpus import read_documents, split_documents
 from minids.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from minids.files import write_text_whole
 from minids.model.transformer import MiniDS
 from minids.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from minids.training.loop import Recipe, TextData
@@ -39,9 +39,7 @@ class Run:
             "max_bytes": self.max_bytes,
         }
         directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / "run.json.partial"
-        partial.write_text(json.dumps(fields, indent=1))
-        os.replace(partial, directory / "run.json")
+        write_text_whole(directory / "run.json", json.dumps(fields, indent=1))
 
     @classmethod
     def load(cls, directory: Path) -> "Run":

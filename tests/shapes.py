@@ -1,4 +1,4 @@
-"""The run-time check of shapes and types that the tests put on minids; an int counts as a float, as in Python's typing."""
+"""The run-time check of shapes and types that the tests put on minids; an int counts as a float, as in typing."""
 
 from beartype import BeartypeConf, beartype
 

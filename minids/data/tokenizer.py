@@ -20,6 +20,8 @@ from jaxtyping import Int, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from minids.files import write_text_whole
+
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<think>", "</think>", "<answer>", "</answer>")
 _SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
 _BREAK = re.compile(r"(?<=\S\n)(?=\S)")
@@ -88,12 +90,7 @@ class Tokenizer(ABC):
         """Write `tokenizer.json` into `directory` (made where missing). A crash leaves the old file or the new one."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        aside = directory / f".{_FILE}.tmp"
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(self._to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, directory / _FILE)
+        write_text_whole(directory / _FILE, self._to_json())
 
     @abstractmethod
     def _to_json(self) -> str: ...

@@ -19,16 +19,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minids.config import ModelConfig
-from minids.interop.folder import written_whole
+from minids.files import save_tensors, written_whole
 from minids.interop.names import EMBEDDING, across, released_tensors, shared_copies
 from minids.model.transformer import MiniDS
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-EXPORTED = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+EXPORTED = re.compile(r"(config|tokenizer|model\.safetensors\.index)\.json|model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @torch.no_grad()
@@ -53,10 +52,7 @@ def save_pretrained(model: MiniDS, directory: str | os.PathLike, *, max_shard_by
         _write_json(folder / CONFIG, fields)
         for file, names in shards.items():
             shard = {name: across(name, tensors[name]).contiguous() for name in names}
-            try:
-                save_file(shard, folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(f"{directory}: not written: {error}") from None
+            save_tensors(shard, folder / file)
             shutil.copymode(folder / CONFIG, folder / file)  # safetensors lets nobody but the owner read
         if len(shards) > 1:
             size = sum(tensor.nbytes for tensor in tensors.values())

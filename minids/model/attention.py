@@ -100,6 +100,9 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(attend(query.transpose(1, 2), key, value, step.mask, self.scale))
 
 
+LATENT_NORM_EPS = 1e-6  # whatever `rms_norm_eps` says: so in the released code
+
+
 class MultiHeadLatentAttention(nn.Module):
     """MLA: keys and values of all heads are re-made from one small latent per token (V3 eq. 1-11; FACTS.md section 2).
 
@@ -120,11 +123,11 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             self.q_proj = nn.Sequential(
                 nn.Linear(config.hidden_size, config.q_lora_rank, bias=False),
-                RMSNorm(config.q_lora_rank, config.rms_norm_eps),
+                RMSNorm(config.q_lora_rank, LATENT_NORM_EPS),
                 nn.Linear(config.q_lora_rank, query_width, bias=False),
             )
         self.kv_down_proj = nn.Linear(config.hidden_size, self.cache_width, bias=False)
-        self.kv_norm = RMSNorm(self.kv_rank, config.rms_norm_eps)
+        self.kv_norm = RMSNorm(self.kv_rank, LATENT_NORM_EPS)
         self.kv_up_proj = nn.Linear(self.kv_rank, self.heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value_dim, config.hidden_size, bias=False)
 

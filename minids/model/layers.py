@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
-        if x.requires_grad and x.device.type == "cpu" and x.dtype == self.weight.dtype:
+        if x.requires_grad and x.device.type == "cpu" and x.dtype == self.weight.dtype != torch.bfloat16:
             return _RMSNormWithGradient.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
@@ -45,7 +45,7 @@ class _RMSNormWithGradient(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, inverse_rms = ctx.saved_tensors
         y = x * inverse_rms
-        grad_weight = (grad * y).flatten(0, -2).sum(0)
+        grad_weight = (grad * y).reshape(-1, x.shape[-1]).sum(0)
         grad = grad * weight
         mean = torch.linalg.vecdot(grad, y)[..., None] / x.shape[-1]
         return grad.addcmul_(y, -mean).mul_(inverse_rms), grad_weight, None
@@ -103,7 +103,8 @@ def rotations(
     `mscale` equals `mscale_all_dim`, and put the temperature into the softmax scale (`softmax_scale`).
     """
     frequency = rotary_frequencies(dim, config.rope_theta, config.rope_scaling, positions.device)
-    angle = (positions[..., None, None] * frequency).to(torch.promote_types(dtype, torch.float32))
+    angle = (positions[..., None, None] * frequency).remainder(2 * math.pi)  # while it is still float64
+    angle = angle.to(torch.promote_types(dtype, torch.float32))
     return torch.polar(torch.full_like(angle, _amplitude(config.rope_scaling)), angle)
 
 

@@ -44,9 +44,10 @@ class Router(nn.Module):
         self.register_parameter("bias", bias if config.selects_with_bias else None)
 
     def _apply(self, fn, recurse=True):
+        bias = None if self.bias is None else self.bias.data
         super()._apply(fn, recurse)
-        if self.bias is not None:  # steps of 0.001 would be lost in bfloat16
-            self.bias.data = self.bias.data.float()
+        if self.bias is not None and self.bias.dtype != torch.float32:  # steps of 0.001 would be lost in bfloat16
+            self.bias.data = bias.to(self.bias.device, torch.float32)
         return self
 
     def forward(self, x: Float[Tensor, "batch seq dim"]) -> Routing:
@@ -54,7 +55,7 @@ class Router(nn.Module):
         experts = self.choose(scores.detach())
         weights = scores.gather(-1, experts)
         if self.config.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * self.config.routed_scaling_factor, scores)
 
     def scores(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq experts"]:

@@ -15,6 +15,8 @@ from minids.model.attention import Cache, GroupedQueryAttention, MultiHeadLatent
 from minids.model.layers import RMSNorm, SwiGLU, rotations
 from minids.model.moe import Experts, MoE, Router, Routing, update_balance_bias
 
+TO_STREAM = (".o_proj.weight", ".down_proj", ".down_proj.weight")  # the matrices whose output joins the stream
+
 
 class Block(nn.Module):
     """One layer: attention, then a dense or a mixture feed-forward, each on the normalised stream and added to it."""
@@ -74,7 +76,9 @@ class Output:
 
     @property
     def loads(self) -> Int[Tensor, "layers experts"]:
-        """Tokens sent to each expert, a row per MoE layer that ran, the MTP modules' rows last."""
+        """Tokens sent to each expert, a row per MoE layer that ran, the MTP modules' rows last; [0, 0] if dense."""
+        if not self.routings:
+            return torch.zeros(0, 0, dtype=torch.int64)
         return torch.stack([routing.load for routing in self.routings])
 
 
@@ -175,7 +179,7 @@ class MiniDS(nn.Module):
     def _predict_further(self, tokens: Int[Tensor, "batch seq"], out: Output) -> None:
         """Run depth k on positions 0..T-k-1: it reads token i+k and predicts token i+k+1 (V3 eq. 21-23)."""
         hidden = out.hidden
-        for k, module in enumerate(self.mtp, start=1):
+        for k, module in enumerate(self.mtp[: tokens.shape[1] - 1], start=1):
             following = tokens[:, k:]
             hidden, routing = module(hidden[:, :-1], self.embedding(following), self.step(following))
             out.mtp_logits.append(self.head(module.norm(hidden)))
@@ -191,7 +195,10 @@ class MiniDS(nn.Module):
         return KVCache([module.block for module in self.mtp], batch, slots)
 
     def update_balance_bias(self, loads: Int[Tensor, "layers experts"], speed: float) -> None:
-        """Once per optimizer step: nudge every router's bias by the loads of the global batch, rows as in `Output`."""
+        """Once per optimizer step: nudge the routers' biases by the loads of the global batch, rows as in `Output`.
+
+        Routers without a row, those of MTP modules that did not run, keep theirs.
+        """
         for router, load in zip(self.routers(), loads, strict=False):
             if router.bias is not None:
                 update_balance_bias(router.bias, load, speed)
@@ -225,7 +232,7 @@ class MiniDS(nn.Module):
             if weight.ndim == 1:
                 continue  # norms start at 1, balancing biases at 0
             fan_in = weight.shape[1]
-            std = fan_in**-0.5 * (to_stream if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")) else 1)
+            std = fan_in**-0.5 * (to_stream if name.endswith(TO_STREAM) else 1)
             if name.startswith("embedding"):
                 std = 1.0
             elif name.startswith("head"):

@@ -4,51 +4,32 @@ A checkpoint is a folder of safetensors files and one `state.json` that names th
 beside its final place, forced to the disk and then renamed, so that a crash at any time leaves the previous one whole.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from minids.files import save_tensors, written_whole
 
 FORMAT = 1
 
 
-@contextlib.contextmanager
-def written_whole(destination: Path) -> Iterator[Path]:
-    """A new folder to write into, which becomes `destination` only if all went well; else nothing is left behind.
+def save_checkpoint(destination: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write `tensors` (a safetensors file per key) and `state` (JSON) as the folder `destination`, or nothing.
 
-    Raises `ValueError` where `destination` exists already.
+    Raises `ValueError` where `destination` exists already, `OSError` where the disk refuses.
     """
     if destination.exists():
         raise ValueError(f"{destination} exists already")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
-    try:
-        yield partial
-        for path in [*partial.iterdir(), partial]:
-            _sync(path)
-        partial.rename(destination)
-        _sync(destination.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def save_checkpoint(destination: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write `tensors` (a safetensors file per key) and `state` (JSON) as the folder `destination`, or nothing."""
     with written_whole(destination) as folder:
         for name, content in tensors.items():
             content = {key: tensor.detach().contiguous().cpu() for key, tensor in content.items()}
-            save_file(content, folder / f"{name}.safetensors")
+            save_tensors(content, folder / f"{name}.safetensors")
         digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
         (folder / "state.json").write_text(json.dumps({"format": FORMAT, "files": digests, **state}, indent=1))
 
@@ -113,13 +94,3 @@ def load_optimizer_tensors(
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot sync a folder
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ is cut into micro-batches; every step leaves one JSON object in metrics.jsonl.
 import dataclasses
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from minids.data.batches import Batch, BatchStream, TokenizedCorpus, evaluation_batches
 from minids.data.tokenizer import Tokenizer
+from minids.files import write_text_whole
 from minids.model.moe import max_violation
 from minids.model.transformer import MiniDS
 from minids.training.checkpoint import (
@@ -110,6 +110,48 @@ class Trainer:
             data.train, batch_size=recipe.batch_size, seq_len=recipe.seq_len, seed=recipe.seed
         )
         self.step = 0
+        self.validation_batches()  # a validation text that is too short should be known now
+
+    def run(
+        self,
+        *,
+        directory: Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        on_step: Callable[[Metrics], None] | None = None,
+    ) -> list[Metrics]:
+        """Train to the end of the recipe, or to the first Ctrl-C; returns the metrics of the steps taken.
+
+        With `directory`, checkpoints and metrics.jsonl are kept there; `resume` goes on from the newest checkpoint.
+        Raises `Diverged` when the loss explodes (the last good checkpoint stays), `ValueError` when there is nothing to
+        resume.
+        """
+        steps = self.recipe.steps
+        if resume:
+            newest = latest_checkpoint(directory / "checkpoints")
+            if newest is None:
+                raise ValueError(f"{directory} holds no checkpoint to resume from")
+            self.load(newest)
+            _cut_metrics(directory / "metrics.jsonl", self.step)
+        history = []
+        bar = tqdm(total=steps, initial=self.step, unit="step", disable=not progress, dynamic_ncols=True)
+        with bar, _stop_requests() as stop_requested, _metrics_file(directory) as write:
+            while self.step < steps and not stop_requested.is_set():
+                metrics = self.train_step()
+                if self.step == steps or self.step % self.recipe.evaluate_every == 0:
+                    metrics["validation_bits_per_byte"] = self.evaluate()
+                write(metrics)
+                history.append(metrics)
+                if on_step is not None:
+                    on_step(metrics)
+                speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed}", refresh=False)
+                bar.update()
+                if directory is not None and (self.step == steps or self.step % self.recipe.checkpoint_every == 0):
+                    self.save(directory / "checkpoints")
+            if directory is not None and self.step < steps:
+                self.save(directory / "checkpoints")
+        return history
 
     def train_step(self) -> Metrics:
         """One optimizer step on the next global batch. Raises `Diverged`, leaving the weights as they were."""
@@ -166,15 +208,17 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Bits per byte of a fixed sample of the validation text."""
-        recipe = self.recipe
-        batches = evaluation_batches(
-            self.data.validation,
-            batch_size=recipe.micro_batch_size or recipe.batch_size,
-            seq_len=recipe.seq_len,
-            max_batches=recipe.evaluation_batches,
-        )
         self.model.eval()
-        return bits_per_byte(self.model, batches, self.data.tokenizer.token_bytes())
+        return bits_per_byte(self.model, self.validation_batches(), self.data.tokenizer.token_bytes())
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """The same `evaluation_batches` batches each time."""
+        return evaluation_batches(
+            self.data.validation,
+            batch_size=self.recipe.micro_batch_size or self.recipe.batch_size,
+            seq_len=self.recipe.seq_len,
+            max_batches=self.recipe.evaluation_batches,
+        )
 
     def save(self, directory: Path) -> None:
         """Write the checkpoint of this step, then drop all but the two newest."""
@@ -212,47 +256,9 @@ class Trainer:
         self.step = state["step"]
 
 
-def train(
-    model: MiniDS,
-    data: TextData,
-    recipe: Recipe,
-    *,
-    directory: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    on_step: Callable[[Metrics], None] | None = None,
-) -> list[Metrics]:
-    """Train to the end of the recipe, or to the first Ctrl-C; returns the metrics of the steps taken.
-
-    With `directory`, checkpoints and metrics.jsonl are kept there; `resume` goes on from the newest checkpoint. Raises
-    `Diverged` when the loss explodes (the last good checkpoint stays), `ValueError` when there is nothing to resume.
-    """
-    trainer = Trainer(model, data, recipe)
-    if resume:
-        newest = latest_checkpoint(directory / "checkpoints")
-        if newest is None:
-            raise ValueError(f"{directory} holds no checkpoint to resume from")
-        trainer.load(newest)
-        _cut_metrics(directory / "metrics.jsonl", trainer.step)
-    history = []
-    bar = tqdm(total=recipe.steps, initial=trainer.step, unit="step", disable=not progress, dynamic_ncols=True)
-    with bar, _stop_requests() as stop_requested, _metrics_file(directory) as write:
-        while trainer.step < recipe.steps and not stop_requested.is_set():
-            metrics = trainer.train_step()
-            last = trainer.step == recipe.steps
-            if last or trainer.step % recipe.evaluate_every == 0:
-                metrics["validation_bits_per_byte"] = trainer.evaluate()
-            write(metrics)
-            history.append(metrics)
-            if on_step is not None:
-                on_step(metrics)
-            bar.update()
-            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s")
-            if directory is not None and (last or trainer.step % recipe.checkpoint_every == 0):
-                trainer.save(directory / "checkpoints")
-        if directory is not None and trainer.step < recipe.steps:
-            trainer.save(directory / "checkpoints")
-    return history
+def train(model: MiniDS, data: TextData, recipe: Recipe, **options: Any) -> list[Metrics]:
+    """Train `model` in place; options as in `Trainer.run`: directory, resume, progress, on_step."""
+    return Trainer(model, data, recipe).run(**options)
 
 
 def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
@@ -292,9 +298,7 @@ def _cut_metrics(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             break  # a line that was being written when the run was killed
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    write_text_whole(path, "".join(kept))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Killed with SIGKILL at any point, also while a checkpoint is being written, and resumed: the same curve, bit for bit."""
+"""Killed with SIGKILL anywhere, also while a checkpoint is being written, and resumed: the same curve, bit for bit."""
 
 import json
 import os
@@ -33,10 +33,10 @@ sys.exit(main())
 """
 KILLS = {
     "in the third step": ("minids.training.loop", "losses", 3, "before"),
-    "while writing the second checkpoint's tensors": ("minids.training.checkpoint", "save_file", 5, "before"),
-    "before the second checkpoint is on disk": ("minids.training.checkpoint", "_sync", 8, "before"),
-    "before the second checkpoint is renamed": ("minids.training.checkpoint", "_sync", 10, "after"),
-    "after the second checkpoint is renamed": ("minids.training.checkpoint", "_sync", 12, "before"),
+    "while writing the second checkpoint's tensors": ("minids.files", "save_file", 5, "before"),
+    "before the second checkpoint is on disk": ("minids.files", "_flush", 8, "before"),
+    "before the second checkpoint is renamed": ("minids.files", "_flush", 10, "after"),
+    "after the second checkpoint is renamed": ("minids.files", "_flush", 12, "before"),
     "while deleting an old checkpoint": ("minids.training.loop", "_remove", 1, "before"),
 }
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from training.helpers import RECIPE, counting_data, nano
 
+from minids import files
 from minids.training import checkpoint
 from minids.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from minids.training.loop import Trainer
@@ -91,7 +92,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path,
     def full_disk(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full_disk)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path / "step-00000002", TENSORS, {"step": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import os
 import shutil
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 @contextmanager
@@ -36,6 +40,25 @@ def written_whole(directory: Path) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises `OSError` where the disk refuses."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path.name} was not written: {error}") from None
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Replace a text file; a crash leaves the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
