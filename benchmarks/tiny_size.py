@@ -2,8 +2,8 @@
 
     python benchmarks/tiny_size.py --names bytes-128x6 bpe2048-192x4
 
-Every candidate gets the same CPU time on one thread (a step is timed first, and the schedule is cut to the number of steps
-that fit), trains on the built-in corpus with the same recipe, and is judged by bits per byte on the held-out text.
+Every candidate gets the same CPU time on one thread (steps are timed first, and the schedule is cut to the number that
+fits), trains on the built-in corpus with the same recipe, and is judged by bits per byte on the held-out text.
 Results are appended to benchmarks/results/tiny_size.jsonl, with seed, versions and the candidate's config.
 """
 
@@ -12,8 +12,10 @@ import itertools
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -47,6 +49,12 @@ def candidate(name: str) -> tuple[str, ModelConfig, Recipe]:
     return parts[0], config, Recipe(batch_size=batch, seq_len=seq_len, learning_rate=rate * 1e-3, warmup_steps=30)
 
 
+def cpu_seconds(function: Callable[[], object]) -> float:
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="+", required=True)
@@ -64,11 +72,7 @@ def main() -> None:
         data = TextData(tokenize(training, tokenizer), tokenize(validation, tokenizer), tokenizer)
         torch.manual_seed(arguments.seed)
         trial = Trainer(MiniDS(config), data, recipe)
-        trial.train_step()
-        began = time.process_time()
-        for _ in range(4):
-            trial.train_step()
-        steps = int(arguments.cpu_seconds / (time.process_time() - began) * 4)
+        steps = int(arguments.cpu_seconds / median(cpu_seconds(trial.train_step) for _ in range(15)))
 
         torch.manual_seed(arguments.seed)
         model = MiniDS(config)
@@ -93,7 +97,7 @@ def main() -> None:
         }
         with RESULTS.open("a") as file:
             file.write(json.dumps(result) + "\n")
-        print(f"{name:36} {result['validation_bits_per_byte']:.4f} bits/byte, {steps} steps, {model.num_parameters():,} parameters")
+        print(f"{name:36} {result['validation_bits_per_byte']:.4f} bits/byte, {steps} steps", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Step:
     sequence starts at position 0 and attention is plainly causal.
     """
 
+    sequence: Int[Tensor, "batch 1"]  # 0, 1, 2, ...: with `positions` it addresses the slots of the cache
     positions: Int[Tensor, "batch seq"]
     rotation: Complex[Tensor, "batch seq 1 pairs"]
     mask: Float[Tensor, "batch 1 seq slots"] | None = None
@@ -39,8 +40,7 @@ Cache = Float[Tensor, "batch slots width"]
 
 def remember(cache: Cache, step: Step, entry: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seen width"]:
     """Write each token's entry into the slot of its position (in place) and return the slots that can be visible."""
-    sequence = torch.arange(len(entry), device=entry.device)[:, None]
-    cache[sequence, step.positions] = entry.to(cache.dtype)
+    cache[step.sequence, step.positions] = entry.to(cache.dtype)
     return cache[:, : step.mask.shape[-1]]
 
 

@@ -37,7 +37,8 @@ class _RMSNormWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        inverse_rms = torch.rsqrt(torch.linalg.vecdot(x, x)[..., None] / x.shape[-1] + eps)
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1]
+        inverse_rms = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
         return (x * inverse_rms).mul_(weight)
 
@@ -45,10 +46,10 @@ class _RMSNormWithGradient(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, inverse_rms = ctx.saved_tensors
         y = x * inverse_rms
-        grad_weight = (grad * y).reshape(-1, x.shape[-1]).sum(0)
-        grad = grad * weight
-        mean = torch.linalg.vecdot(grad, y)[..., None] / x.shape[-1]
-        return grad.addcmul_(y, -mean).mul_(inverse_rms), grad_weight, None
+        grad_y = grad * y
+        mean = (grad_y @ weight)[..., None] / x.shape[-1]
+        grad_x = (grad * weight).addcmul_(y, mean, value=-1).mul_(inverse_rms)
+        return grad_x, grad_y.reshape(-1, x.shape[-1]).sum(0), None
 
 
 class SwiGLU(nn.Module):

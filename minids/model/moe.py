@@ -135,9 +135,9 @@ class Experts(nn.Module):
 
     def by_token(self, x, experts, weights) -> Float[Tensor, "tokens dim"]:
         """Fetch each token's matrices: what a decoding step with fewer rows than experts does."""
-        chosen = experts.flatten()
+        chosen, k = experts.flatten(), experts.shape[1]
         gate, up, down = (w.index_select(0, chosen) for w in (self.gate_proj, self.up_proj, self.down_proj))
-        rows = x.repeat_interleave(experts.shape[1], 0)[:, None]
+        rows = x[:, None].expand(-1, k, -1).reshape(-1, 1, x.shape[1])
         inner = F.silu(rows @ gate) * (rows @ up) * weights.flatten()[:, None, None]
         return (inner @ down).view(*experts.shape, -1).sum(1)
 

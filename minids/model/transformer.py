@@ -174,7 +174,9 @@ class MiniDS(nn.Module):
             positions = positions + cache.lengths[:, None]
             unseen = torch.arange(longest, device=tokens.device) > positions[:, None, :, None]
             mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)
-        return Step(positions, rotations(self.config, positions, self.layers[0].attention.rope_dim, dtype), mask)
+        sequence = torch.arange(batch, device=tokens.device)[:, None]
+        rotation = rotations(self.config, positions, self.layers[0].attention.rope_dim, dtype)
+        return Step(sequence, positions, rotation, mask)
 
     def _predict_further(self, tokens: Int[Tensor, "batch seq"], out: Output) -> None:
         """Run depth k on positions 0..T-k-1: it reads token i+k and predicts token i+k+1 (V3 eq. 21-23)."""

@@ -6,6 +6,7 @@ must pass, and with each mistake planted, where it must fail by its own assertio
 The numbers are those of PITFALLS.md. 19 and 20 concern drafting and are tested in tests/inference.
 """
 
+import dataclasses
 import functools
 import itertools
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from torch import nn
 
 from minids.config import ModelConfig, YaRN
 from minids.model import attention, layers, moe, transformer
-from minids.model.attention import GroupedQueryAttention, MultiHeadLatentAttention, Step
+from minids.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from minids.model.moe import Experts, MoE, Router
 from minids.model.transformer import Block, KVCache, MiniDS, MTPModule
 
@@ -429,7 +430,7 @@ def plant_mask(mp, visible):
         query, slots = torch.arange(tokens.shape[1])[:, None], torch.arange(right.mask.shape[-1])
         seen = visible(query, cache.lengths[:, None, None], slots).expand(right.mask[:, 0].shape)
         mask = torch.zeros_like(right.mask).masked_fill(~seen[:, None], -torch.inf)
-        return Step(right.positions, right.rotation, mask)
+        return dataclasses.replace(right, mask=mask)
 
     mp.setattr(MiniDS, "step", masked)
 
@@ -1034,7 +1035,7 @@ def check_18_equals_plain(depths=2):
 def plant_block_without_a_causal_mask(mp):
     def unmasked(step):
         batch, seq = step.positions.shape
-        return Step(step.positions, step.rotation, torch.zeros(batch, 1, seq, seq, dtype=torch.float64))
+        return dataclasses.replace(step, mask=torch.zeros(batch, 1, seq, seq, dtype=torch.float64))
 
     plant_module(mp, step_of=unmasked)
 
@@ -1049,7 +1050,10 @@ def plant_hidden_ignored(mp):
 
 def plant_rolled_positions(mp):
     """The rotation rolled along with the tokens, so that the last position becomes the first."""
-    plant_module(mp, step_of=lambda step: Step(step.positions.roll(-1, 1), step.rotation.roll(-1, 1), step.mask))
+    def rolled(step):
+        return dataclasses.replace(step, positions=step.positions.roll(-1, 1), rotation=step.rotation.roll(-1, 1))
+
+    plant_module(mp, step_of=rolled)
 
 
 def plant_further(mp, following=lambda t, k: t[:, k:], before=None, logits=None):
