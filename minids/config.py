@@ -25,15 +25,10 @@ class YaRN:
             value = getattr(self, f.name)
             _require(type(value) in (int, float) and 0 <= value < float("inf"), f.name, value, "must be a number >= 0")
         _require(self.factor >= 1, "factor", self.factor, "must be at least 1")
-        _require(
-            self.original_max_position_embeddings > 0,
-            "original_max_position_embeddings",
-            self.original_max_position_embeddings,
-            "must be positive",
-        )
-        _require(
-            self.beta_fast > self.beta_slow > 0, "beta_fast", self.beta_fast, f"must exceed beta_slow={self.beta_slow}"
-        )
+        context = self.original_max_position_embeddings
+        _require(context > 0, "original_max_position_embeddings", context, "must be positive")
+        ordered = self.beta_fast > self.beta_slow > 0
+        _require(ordered, "beta_fast", self.beta_fast, f"must exceed beta_slow={self.beta_slow}, which must exceed 0")
 
 
 @dataclass(frozen=True)
@@ -201,51 +196,49 @@ def _check(c: ModelConfig) -> None:
         value = getattr(c, field)
         positive = type(value) in kinds and 0 < value < float("inf")
         _require(value is None or positive, field, value, "must be positive or None")
-    _require(isinstance(c.rope_scaling, YaRN | None), "rope_scaling", c.rope_scaling, "must be a YaRN or None")
-    _require(type(c.norm_topk_prob) is bool, "norm_topk_prob", c.norm_topk_prob, "must be True or False")
-    _require(c.rope_theta > 1, "rope_theta", c.rope_theta, "must exceed 1")
-    _require(c.rms_norm_eps > 0, "rms_norm_eps", c.rms_norm_eps, "must be positive")
-    _require(c.routed_scaling_factor > 0, "routed_scaling_factor", c.routed_scaling_factor, "must be positive")
-    _require(
-        c.num_attention_heads % c.num_key_value_heads == 0,
-        "num_key_value_heads",
-        c.num_key_value_heads,
-        f"must divide num_attention_heads={c.num_attention_heads}",
-    )
-    rotated = "qk_rope_head_dim" if c.attention == "mla" else "v_head_dim"
-    _require(getattr(c, rotated) % 2 == 0, rotated, getattr(c, rotated), "must be even: rotation needs pairs")
-    _require(
-        c.first_k_dense_replace <= c.num_hidden_layers,
-        "first_k_dense_replace",
-        c.first_k_dense_replace,
-        f"must not exceed num_hidden_layers={c.num_hidden_layers}",
-    )
-    _require(
-        c.n_routed_experts % c.n_group == 0, "n_group", c.n_group, f"must divide n_routed_experts={c.n_routed_experts}"
-    )
-    _require(c.topk_group <= c.n_group, "topk_group", c.topk_group, f"must not exceed n_group={c.n_group}")
     reachable = c.n_routed_experts // c.n_group * c.topk_group
-    _require(
-        c.num_experts_per_tok <= reachable,
-        "num_experts_per_tok",
-        c.num_experts_per_tok,
-        f"must not exceed the {reachable} experts of the {c.topk_group} groups kept",
-    )
-    _require(
-        c.topk_method != "noaux_tc" or c.n_group == 1 or c.n_routed_experts // c.n_group >= 2,
-        "n_group",
-        c.n_group,
-        "a group is scored by its two best experts, so it needs at least 2",
-    )
-    _require(
-        c.topk_method != "greedy" or c.n_group == c.topk_group,
-        "topk_method",
-        c.topk_method,
-        "greedy routing knows no groups; set topk_group = n_group",
-    )
-    # A float32 grouped matmul wants every row to start at a multiple of 16 bytes.
-    for field in ("hidden_size", "moe_intermediate_size"):
-        _require(getattr(c, field) % 8 == 0, field, getattr(c, field), "must be a multiple of 8")
+    pairs_need_two = c.topk_method == "noaux_tc" and c.n_group > 1
+    rotated = "qk_rope_head_dim" if c.attention == "mla" else "v_head_dim"
+    rules = [
+        (isinstance(c.rope_scaling, YaRN | None), "rope_scaling", "must be a YaRN or None"),
+        (type(c.norm_topk_prob) is bool, "norm_topk_prob", "must be True or False"),
+        (c.rope_theta > 1, "rope_theta", "must exceed 1"),
+        (c.rms_norm_eps > 0, "rms_norm_eps", "must be positive"),
+        (c.routed_scaling_factor > 0, "routed_scaling_factor", "must be positive"),
+        (
+            c.num_attention_heads % c.num_key_value_heads == 0,
+            "num_key_value_heads",
+            f"must divide num_attention_heads={c.num_attention_heads}",
+        ),
+        (getattr(c, rotated) % 2 == 0, rotated, "must be even: rotation needs pairs"),
+        (
+            c.first_k_dense_replace <= c.num_hidden_layers,
+            "first_k_dense_replace",
+            f"must not exceed num_hidden_layers={c.num_hidden_layers}",
+        ),
+        (c.n_routed_experts % c.n_group == 0, "n_group", f"must divide n_routed_experts={c.n_routed_experts}"),
+        (c.topk_group <= c.n_group, "topk_group", f"must not exceed n_group={c.n_group}"),
+        (
+            c.num_experts_per_tok <= reachable,
+            "num_experts_per_tok",
+            f"must not exceed the {reachable} experts of the {c.topk_group} groups kept",
+        ),
+        (
+            not pairs_need_two or c.n_routed_experts // c.n_group >= 2,
+            "n_group",
+            "a group is scored by its two best experts, so it needs at least 2",
+        ),
+        (
+            c.topk_method != "greedy" or c.n_group == c.topk_group,
+            "topk_method",
+            "greedy routing knows no groups; set topk_group = n_group",
+        ),
+        # A float32 grouped matmul wants every row to start at a multiple of 16 bytes.
+        (c.hidden_size % 8 == 0, "hidden_size", "must be a multiple of 8"),
+        (c.moe_intermediate_size % 8 == 0, "moe_intermediate_size", "must be a multiple of 8"),
+    ]
+    for holds, field, rule in rules:
+        _require(holds, field, getattr(c, field), rule)
 
 
 _MAY_BE_ZERO = {"num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts"}
