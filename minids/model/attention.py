@@ -50,7 +50,7 @@ def attend(
     value: Float[Tensor, "batch kv_heads slots value_dim"],
     mask: Float[Tensor, "batch 1 seq slots"] | None,
     scale: float,
-) -> Float[Tensor, "batch seq heads*value_dim"]:
+) -> Float[Tensor, "batch seq heads value_dim"]:
     """Causal softmax attention; query heads share key heads in equal groups.
 
     Values narrower than the keys are padded, because the fused kernels want one width.
@@ -67,7 +67,7 @@ def attend(
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    return rearrange(out[..., :value_dim], "b h t d -> b t (h d)")
+    return out[..., :value_dim].transpose(1, 2)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -97,7 +97,7 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             entry = remember(cache, step, entry)
         key, value = rearrange(entry, "b s (kv h d) -> kv b h s d", kv=2, d=self.head_dim)
-        return self.o_proj(attend(query.transpose(1, 2), key, value, step.mask, self.scale))
+        return self.o_proj(attend(query.transpose(1, 2), key, value, step.mask, self.scale).flatten(-2))
 
 
 LATENT_NORM_EPS = 1e-6  # whatever `rms_norm_eps` says: so in the released code
@@ -163,7 +163,7 @@ class MultiHeadLatentAttention(nn.Module):
         key_value = rearrange(self.kv_up_proj(latent), "b s (h d) -> b h s d", h=self.heads)
         key_nope, value = key_value.split((self.nope_dim, self.value_dim), -1)
         key = torch.cat((key_nope, key_rope[:, None].expand(-1, self.heads, -1, -1)), -1)
-        return attend(query.transpose(1, 2), key, value, mask, self.scale)
+        return attend(query.transpose(1, 2), key, value, mask, self.scale).flatten(-2)
 
     def absorbed(
         self,
@@ -182,14 +182,13 @@ class MultiHeadLatentAttention(nn.Module):
 
         query_latent = rearrange(query_nope, "b t h n -> h (b t) n") @ key_up
         query_latent = rearrange(query_latent, "h (b t) r -> b h t r", b=batch)
-        absorbed_query = torch.cat((query_latent, query_rope.transpose(1, 2)), -1).flatten(1, 2)
+        absorbed_query = torch.cat((query_latent, query_rope.transpose(1, 2)), -1)
 
-        mask_per_head = mask.expand(-1, self.heads, -1, -1).flatten(1, 2)
-        scores = torch.baddbmm(mask_per_head, absorbed_query, entries.transpose(1, 2), alpha=self.scale)
-        latent = scores.softmax(-1) @ entries[..., : self.kv_rank]
+        shared = entries[:, None].expand(-1, self.heads, -1, -1)  # key and value at once; the rotated part is cut off
+        latent = attend(absorbed_query, shared, shared, mask, self.scale)[..., : self.kv_rank]
 
-        latent = rearrange(latent, "b (h t) r -> h (b t) r", h=self.heads)
-        return rearrange(latent @ value_up.transpose(1, 2), "h (b t) v -> b t (h v)", b=batch)
+        value = rearrange(latent, "b t h r -> h (b t) r") @ value_up.transpose(1, 2)
+        return rearrange(value, "h (b t) v -> b t (h v)", b=batch)
 
     def absorbing_is_cheaper(self, queries: int) -> bool:
         """Whether `queries` queries take fewer multiplications per cached token and head absorbed than expanded.
