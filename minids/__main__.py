@@ -80,6 +80,7 @@ def train_command(
         if directory.exists():
             raise ValueError(f"{directory} exists: choose another --name, or go on with --resume {directory}")
         config = ModelConfig.preset(preset)
+        print(f"reading {', '.join(data)} ...", flush=True)
         text = read_text(Run(config, recipe, data, max_bytes), tokenizer)
         run = Run(config.replace(vocab_size=text.tokenizer.vocab_size), recipe, data, max_bytes)
     torch.manual_seed(run.recipe.seed)

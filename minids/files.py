@@ -17,9 +17,11 @@ def written_whole(directory: Path) -> Iterator[Path]:
     """A new folder beside `directory`: takes its place once the block has succeeded, and is gone if the block failed.
 
     What stood in that place goes only when the new folder is on disk. A crash in the instant between the two renames
-    leaves it, complete, as a hidden folder ending in `.old`.
+    leaves it, complete, as a hidden folder ending in `.old`. What a killed process had begun is removed.
     """
     directory = directory.resolve()
+    for abandoned in directory.parent.glob(f".{directory.name}.*.new"):
+        shutil.rmtree(abandoned)
     aside = directory.with_name(f".{directory.name}.{uuid4().hex}.new")
     retired = aside.with_suffix(".old")
     directory.parent.mkdir(parents=True, exist_ok=True)

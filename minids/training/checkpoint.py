@@ -31,22 +31,25 @@ def save_checkpoint(destination: Path, tensors: dict[str, dict[str, Tensor]], st
             content = {key: tensor.detach().contiguous().cpu() for key, tensor in content.items()}
             save_tensors(content, folder / f"{name}.safetensors")
         digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-        (folder / "state.json").write_text(json.dumps({"format": FORMAT, "files": digests, **state}, indent=1))
+        fields = {"format": FORMAT, "files": digests, "state": state}
+        (folder / "state.json").write_text(json.dumps(fields | {"digest": _digest_of_fields(fields)}, indent=1))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read what `save_checkpoint` wrote. Raises `ValueError` naming the file that is missing, damaged or changed."""
     try:
-        state = json.loads((folder / "state.json").read_text())
-        files = dict(state.pop("files"))
+        fields = json.loads((folder / "state.json").read_text())
+        intact = fields.pop("digest") == _digest_of_fields(fields)
     except FileNotFoundError:
         raise ValueError(f"{folder} is no checkpoint: it has no state.json") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder / 'state.json'} is damaged: not the JSON of a checkpoint") from None
-    if state.pop("format", None) != FORMAT:
+        intact = False
+    if not intact:
+        raise ValueError(f"{folder / 'state.json'} is damaged: its content is not what was saved")
+    if fields["format"] != FORMAT:
         raise ValueError(f"{folder / 'state.json'} is of another format than {FORMAT}, which this version reads")
     tensors = {}
-    for name, digest in files.items():
+    for name, digest in fields["files"].items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing from the checkpoint")
@@ -56,7 +59,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
             tensors[path.stem] = load_file(path)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
-    return tensors, state
+    return tensors, fields["state"]
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -89,6 +92,10 @@ def load_optimizer_tensors(
             raise ValueError(f"checkpoint holds optimizer state of {parameter_name!r}, which this model does not train")
         device = "cpu" if key == "step" else parameter.device
         owners[parameter].state[parameter][key] = tensor.to(device)
+
+
+def _digest_of_fields(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -73,6 +73,7 @@ def test_the_curve_goes_on_bit_for_bit(folder, when):
     assert len(curve_so_far(folder / "runs" / name)) < 9
     resumed = run(folder, "-m", "minids", "train", "--resume", f"runs/{name}", "--threads", "1", "--device", "cpu")
     assert resumed.returncode == 0, resumed.stderr
+    assert not list((folder / "runs" / name / "checkpoints").glob(".*"))
     assert curve(folder / "runs" / name / "metrics.jsonl") == curve(folder / "runs/undisturbed/metrics.jsonl")
 
 

@@ -89,7 +89,8 @@ def plant_rotary_key_per_head(mp):
         keys = rearrange(keys, "b s (h d) -> b h s d", h=self.heads)
         key_value = rearrange(self.kv_up_proj(latent), "b s (h d) -> b h s d", h=self.heads)
         key_nope, value = key_value.split((self.nope_dim, self.value_dim), -1)
-        return attention.attend(query.transpose(1, 2), torch.cat((key_nope, keys), -1), value, mask, self.scale).flatten(-2)
+        key = torch.cat((key_nope, keys), -1)
+        return attention.attend(query.transpose(1, 2), key, value, mask, self.scale).flatten(-2)
 
     after_init(mp, MultiHeadLatentAttention, widen)
     mp.setattr(MultiHeadLatentAttention, "query_and_entry", query_and_entry)

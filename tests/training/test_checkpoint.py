@@ -61,8 +61,12 @@ def damage(folder, how):
     elif how == "state not an object":
         (folder / "state.json").write_text("[1, 2]")
     elif how == "other format":
-        state = json.loads((folder / "state.json").read_text())
-        (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
+        fields = json.loads((folder / "state.json").read_text()) | {"format": 99}
+        del fields["digest"]
+        (folder / "state.json").write_text(json.dumps(fields | {"digest": checkpoint._digest_of_fields(fields)}))
+    elif how == "state edited":
+        path = folder / "state.json"
+        path.write_text(path.read_text().replace('"step": 1', '"step": 2'))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,7 @@ def damage(folder, how):
         ("state truncated", "state.json is damaged"),
         ("state missing", "is no checkpoint"),
         ("state not an object", "state.json is damaged"),
+        ("state edited", "state.json is damaged"),
         ("other format", "another format"),
     ],
 )
