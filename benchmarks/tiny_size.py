@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results" / "tiny_size.jsonl"
 
 
 def candidate(name: str) -> tuple[str, ModelConfig, Recipe]:
-    """Read a name such as bpe2048-192x4-e16x64k4-b16x256-lr3: tokenizer, width x layers, experts, batch, rate in 1e-3."""
+    """Read a name such as bpe2048-192x4-e16x64k4-b16x256-lr3: tokenizer, width x layers, experts, batch, 1e-3 rate."""
     parts = name.split("-")
     width, layers = map(int, parts[1].split("x"))
     options = {part[0]: part[1:] for part in parts[2:] if not part.startswith("lr")}

@@ -1,0 +1,41 @@
+"""The measurements run and report what they say; how fast anything is, no test asserts."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from minids import bench
+from minids.__main__ import main
+from minids.config import ModelConfig
+
+
+@pytest.fixture
+def small(monkeypatch):
+    config = ModelConfig.preset("nano", num_nextn_predict_layers=0, num_hidden_layers=2, max_position_embeddings=2048)
+    monkeypatch.setattr(bench, "CONFIG", config)
+    monkeypatch.setattr(bench, "BATCH", 2)
+    monkeypatch.setattr(bench, "SEQ_LEN", 16)
+
+
+def test_every_ratio_is_reported_with_its_spread(small, monkeypatch, capsys):
+    questions = ["train", "decode", "experts", "context"]
+    monkeypatch.setattr(sys, "argv", ["minids", "bench", *questions, "--repeats", "2", "--output-json"])
+    assert main() == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["machine"]["threads"] == 1
+    whats = [row["what"] for row in report["rows"]]
+    assert sum("training step, transformers" in what for what in whats) == 2
+    assert sum("decoding at batch" in what for what in whats) == 4
+    assert sum("experts" in what for what in whats) == 1 and sum("position" in what for what in whats) == 1
+    for row in report["rows"]:
+        assert 0 < row["low"] <= row["median"] <= row["high"]
+        assert len(row["cpu_seconds"]) == 2
+
+
+def test_both_sides_have_the_same_weights(small):
+    model = bench.MiniDS(bench.CONFIG).eval()
+    twin = bench._transformers_twin(model).eval()
+    tokens = torch.randint(bench.CONFIG.vocab_size, (2, 12))
+    torch.testing.assert_close(twin(tokens).logits, model(tokens).logits, atol=1e-4, rtol=1e-4)
