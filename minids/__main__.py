@@ -52,7 +52,7 @@ def train_command(
     preset: str = "tiny",
     recipe: Flat[Recipe] = Recipe(),  # noqa: B008 - frozen
     data: tuple[str, ...] = ("pydocs", "stdlib"),
-    tokenizer: str = "bytes",
+    tokenizer: str = "bpe:2048",
     max_bytes: int | None = None,
     name: str | None = None,
     resume: Path | None = None,

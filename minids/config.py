@@ -322,7 +322,7 @@ _V2 = dict(
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": {"vocab_size": 272} | _latent(64, 3, 4, 32, 32, 16, 8) | _experts(128, 32, 8, 2, 4, 2),
-    "tiny": {"vocab_size": 272} | _latent(128, 6, 4, 64, 64, 32, 16) | _experts(384, 64, 16, 4, 4, 2),
+    "tiny": {"vocab_size": 2048} | _latent(128, 2, 4, 64, 32, 32, 16) | _experts(384, 64, 16, 4, 4, 2),
     "small": {"vocab_size": 8192} | _latent(512, 12, 8, 256, 128, 64, 32) | _experts(1536, 256, 32, 4, 4, 2),
     "medium": {"vocab_size": 32768} | _latent(1024, 24, 16, 512, 256, 64, 32) | _experts(4096, 640, 64, 6, 8, 4),
     "v2_lite": _V2
