@@ -25,7 +25,7 @@ def loss_curve(metrics: Sequence[dict[str, Any]]) -> Figure:
         right.plot(places, bits, "o--", color="#AA3377", label="validation (right axis)")
         right.set_ylabel("validation (bits per byte)")
         right.set_ylim(bottom=0)
-        right.legend(loc="upper right", bbox_to_anchor=(1, 0.8), frameon=False)
+        right.legend(loc="lower right", frameon=False)
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right", frameon=False)
+    axes.legend(loc="lower left", frameon=False)
     return figure
