@@ -145,7 +145,7 @@ class MultiHeadLatentAttention(nn.Module):
         self, x: Float[Tensor, "batch seq dim"], step: Step
     ) -> tuple[Float[Tensor, "batch seq heads query_dim"], Float[Tensor, "batch seq entry"]]:
         """Every head's query (V3 eq. 6-9), and what is cached: the normalised latent and the shared key (eq. 1, 3)."""
-        query = rearrange(self.q_proj(x), "b t (h d) -> b t h d", h=self.heads)
+        query = self.q_proj(x).unflatten(-1, (self.heads, -1))
         query_nope, query_rope = query.split((self.nope_dim, self.rope_dim), -1)
         latent, key_rope = self.kv_down_proj(x).split((self.kv_rank, self.rope_dim), -1)
         rotated = rotate(torch.cat((query_rope, key_rope[:, :, None]), 2), step.rotation)
@@ -175,20 +175,14 @@ class MultiHeadLatentAttention(nn.Module):
 
         score = (W_UK^T q_nope) . latent + q_rope . key_rope;  out = W_UV (sum of p * latent)  (V2 section 2.1.2).
         """
-        batch = len(query)
         up = self.kv_up_proj.weight.unflatten(0, (self.heads, -1))
         key_up, value_up = up.split((self.nope_dim, self.value_dim), 1)
         query_nope, query_rope = query.split((self.nope_dim, self.rope_dim), -1)
-
-        query_latent = rearrange(query_nope, "b t h n -> h (b t) n") @ key_up
-        query_latent = rearrange(query_latent, "h (b t) r -> b h t r", b=batch)
-        absorbed_query = torch.cat((query_latent, query_rope.transpose(1, 2)), -1)
-
+        query_latent = torch.einsum("bthn,hnr->bthr", query_nope, key_up)
+        absorbed_query = torch.cat((query_latent, query_rope), -1).transpose(1, 2)
         shared = entries[:, None].expand(-1, self.heads, -1, -1)  # key and value at once; the rotated part is cut off
         latent = attend(absorbed_query, shared, shared, mask, self.scale)[..., : self.kv_rank]
-
-        value = rearrange(latent, "b t h r -> h (b t) r") @ value_up.transpose(1, 2)
-        return rearrange(value, "h (b t) v -> b t (h v)", b=batch)
+        return torch.einsum("bthr,hvr->bthv", latent, value_up).flatten(-2)
 
     def absorbing_is_cheaper(self, queries: int) -> bool:
         """Whether `queries` queries take fewer multiplications per cached token and head absorbed than expanded.
