@@ -54,8 +54,8 @@ def command_of(task: str) -> list[str]:
 
 
 def main(task: str = "lab", *options: str) -> int:
-    if sys.version_info < (3, 11):
-        print(f"course.py: Python {sys.version_info.major}.{sys.version_info.minor} is too old: 3.11 or newer is needed")
+    if sys.version_info < (3, 11):  # noqa: UP036 - this is where an older Python learns of it
+        print(f"course.py: Python {sys.version.split()[0]} is too old: 3.11 or newer is needed", file=sys.stderr)
         return 2
     if task in ("-h", "--help"):
         print(__doc__)

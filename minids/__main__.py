@@ -178,7 +178,7 @@ def bench_command(
     repeats: int = 7,
     run: Path | None = None,
     threads: int = 1,
-    output_json: bool = False,
+    json: bool = False,
 ) -> None:
     """Measure side by side with transformers, and print ratios with their spread.
 
@@ -187,10 +187,10 @@ def bench_command(
         repeats: How often both sides are measured in turn.
         run: A trained run, for speculative decoding; by default the newest.
         threads: CPU threads.
-        output_json: Print the figures as JSON.
+        json: Print the figures as JSON.
     """
     torch.set_num_threads(threads)
-    bench.run(names, repeats, run, output_json)
+    bench.run(names, repeats, run, json)
 
 
 def _choose(device: str, threads: int | None) -> str:

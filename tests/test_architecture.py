@@ -63,3 +63,10 @@ def test_config_needs_no_torch():
     source = (ROOT / "minids" / "config.py").read_text(encoding="utf-8")
     imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
     assert imported <= set(sys.stdlib_module_names)
+
+
+def test_the_code_is_clean():
+    """Unused names, import order, line length: what ruff finds with the settings of pyproject.toml."""
+    command = [sys.executable, "-m", "ruff", "check", "minids", "tests", "benchmarks", "course.py"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout

@@ -21,7 +21,7 @@ def small(monkeypatch):
 
 def test_every_ratio_is_reported_with_its_spread(small, monkeypatch, capsys):
     questions = ["train", "decode", "experts", "context"]
-    monkeypatch.setattr(sys, "argv", ["minids", "bench", *questions, "--repeats", "2", "--output-json"])
+    monkeypatch.setattr(sys, "argv", ["minids", "bench", *questions, "--repeats", "2", "--json"])
     assert main() == 0
     report = json.loads(capsys.readouterr().out)
     assert report["machine"]["threads"] == 1
