@@ -36,6 +36,10 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 BATCH, SEQ_LEN = 8, 256
 SMALL_SEQ_LEN = 1024
+PROMPTS = (
+    "The with statement is used to", "import os\n\ndef ", "    Return the ", "class Parser:\n    def __init__(self, ",
+    "This module provides", "        if self._closed:\n            raise ", "for line in ", "An object of this type",
+)  # fmt: skip
 
 
 def run(questions: Sequence[str], repeats: int, trained: Path | None, as_json: bool) -> None:
@@ -169,9 +173,8 @@ def context_length(repeats: int) -> list[dict]:
 def speculation(repeats: int, trained: Path | None) -> list[dict]:
     """Greedy decoding with the trained MTP module against plain decoding, at batch 1."""
     model, tokenizer = load_run(trained or newest_run())
-    texts = ("The with statement", "import os\n\ndef ", "    Return ")
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
-    options = dict(max_new_tokens=128, sampling=Sampling(0.0))
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in PROMPTS]
+    options = dict(max_new_tokens=32, sampling=Sampling(0.0))  # longer ones of a small model are loops
     rates = []
 
     def plain():
