@@ -206,7 +206,7 @@ def cuda_training(repeats: int) -> list[dict]:
     matmul_parameters = model.num_active_parameters() - config.vocab_size * config.hidden_size
     head_width = config.qk_head_dim + config.v_head_dim
     attention = 3 * config.num_hidden_layers * config.num_attention_heads * head_width * SMALL_SEQ_LEN
-    peak = {(9, 0): 989e12, (8, 0): 312e12}.get(torch.cuda.get_device_capability())
+    peak = {(9, 0): 989.5e12}.get(torch.cuda.get_device_capability())  # Hopper in bf16, FLOP/s; FACTS.md section 12
     rows = [_row("small on the GPU, thousand tokens/s in bf16", [rate / 1e3 for rate in rates], "")]
     if peak is not None:
         utilisation = [rate * (6 * matmul_parameters + attention) / peak for rate in rates]
