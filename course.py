@@ -46,7 +46,7 @@ def command_of(task: str) -> list[str]:
     if task == "train":
         return ["minids", "train"]
     if task == "test":
-        return ["pytest"]
+        return ["pytest", "--nbval", "-n", "2", "--dist", "loadfile"]
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"))
     page = f"/lab/tree/{chapters[0].relative_to(ROOT).as_posix()}" if chapters else "/lab"
     # Not `jupyter lab FILE`: that would make chapters/ the root of the file browser and hide exercises/.

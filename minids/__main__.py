@@ -1,4 +1,4 @@
-"""The command line: python -m minids train | sample | export | import | bench.
+"""The command line: python -m minids train | sample | export | import | bench | grade.
 
 A user's mistake gets one line and exit status 2; an interrupted run says how to go on with it.
 """
@@ -17,6 +17,7 @@ import tyro
 
 from minids import bench
 from minids.config import ModelConfig
+from minids.course import grade
 from minids.course.plots import loss_curve
 from minids.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from minids.inference.generate import Sampling, stream
@@ -191,6 +192,31 @@ def bench_command(
     """
     torch.set_num_threads(threads)
     bench.run(names, repeats, run, json)
+
+
+@command("grade")
+def grade_command(
+    submissions: Positional[Path],
+    csv: Path | None = None,
+    junit: Path | None = None,
+    seconds: float = grade.Limits.seconds,
+) -> None:
+    """Run and judge the exercise notebooks of a class, and print a table of points.
+
+    Args:
+        submissions: A folder with one folder per student, which holds notebooks such as 02_mla.ipynb.
+        csv: Write the table here too, as CSV.
+        junit: Write the table here too, as JUnit XML.
+        seconds: Time that one notebook may take; the checks of each exercise may take as long again.
+    """
+    print("minids: this runs the students' code as you, on this machine, with limits on time and memory only; ", end="")
+    print("notebooks from people you do not trust belong in a container or an account of their own", flush=True)
+    grades = grade.grade(submissions, grade.Limits(seconds=seconds))
+    print("\n".join(grade.as_text(grades)))
+    if csv is not None:
+        grade.write_csv(grades, csv)
+    if junit is not None:
+        grade.write_junit(grades, junit)
 
 
 def _choose(device: str, threads: int | None) -> str:

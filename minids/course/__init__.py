@@ -1,1 +1,30 @@
-"""What the course is made of beside the package: figures, and later widgets and checks."""
+"""What the notebooks stand on: `start` in the first cell of each, and `show` to read the package from within."""
+
+import inspect
+import textwrap
+
+import torch
+from IPython import get_ipython
+from IPython.core.pylabtools import select_figure_formats
+from IPython.display import Markdown
+
+
+def start(minutes: float, gigabytes: float = 1) -> None:
+    """Give every reader the same numbers: seed 0, one thread, two decimals; and say what the notebook needs.
+
+    `minutes` is the time of the whole notebook on two CPU cores, `gigabytes` its memory.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.set_printoptions(precision=2, sci_mode=False)
+    shell = get_ipython()
+    if shell is not None:
+        select_figure_formats(shell, {"png"}, dpi=90)
+    unit = "minute" if minutes == 1 else "minutes"
+    print(f"Needs about {minutes:g} {unit} on two CPU cores and {gigabytes:g} GB of memory.")
+
+
+def show(*objects: object) -> Markdown:
+    """The source of classes, functions or methods of the package, as highlighted text."""
+    source = "\n\n".join(textwrap.dedent(inspect.getsource(item)).rstrip() for item in objects)
+    return Markdown(f"```python\n{source}\n```")

@@ -1,31 +1,132 @@
-"""The figures, as functions of plain data. Each returns a matplotlib Figure and touches no global state."""
+"""The figures, as functions of plain data. Each returns a matplotlib Figure and touches no global state.
 
-from collections.abc import Sequence
+Colours are Okabe and Ito's, told apart by the colour-blind; line styles, markers and hatches tell them apart in grey.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo")
+
+Numbers = Sequence[float]
+
+
+def canvas(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = (7, 3.6)) -> tuple[Figure, Axes]:
+    """An empty figure with labelled axes; sizes in inches."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def lines(
+    series: Mapping[str, tuple[Numbers, Numbers]],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    *,
+    log: str = "",
+    marked: bool = False,
+    level: tuple[float, str] | None = None,
+) -> Figure:
+    """One line per label of `series`, each (x, y). `log` names logarithmic axes: "x", "y" or "xy".
+
+    `marked` puts a marker on every point; `level` is a horizontal line with its label, for a bound or a control.
+    """
+    figure, axes = canvas(xlabel, ylabel, title)
+    for i, (label, (x, y)) in enumerate(series.items()):
+        marker = MARKERS[i % 7] if marked else ""
+        axes.plot(x, y, color=COLORS[i % 7], linestyle=LINES[i % 7], marker=marker, markersize=5, label=label)
+    if level is not None:
+        axes.axhline(level[0], color="grey", linewidth=1, label=level[1])
+    _finish(axes, log, legend=len(series) > 1 or level is not None)
+    return figure
+
+
+def bars(
+    groups: Mapping[str, Mapping[str, float]], xlabel: str, ylabel: str, title: str = "", *, log: str = ""
+) -> Figure:
+    """Bars side by side: one group per outer label along the x axis, one bar per inner label."""
+    figure, axes = canvas(xlabel, ylabel, title)
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        places = [g + (i - (len(names) - 1) / 2) * width for g, group in enumerate(groups.values()) if name in group]
+        heights = [group[name] for group in groups.values() if name in group]
+        look = dict(color=COLORS[i % 7], hatch=HATCHES[i % 7], edgecolor="white", linewidth=0.5)
+        axes.bar(places, heights, width, label=name, **look)
+    axes.set_xticks(range(len(groups)), groups.keys())
+    _finish(axes, log, legend=len(names) > 1)
+    return figure
+
+
+def points(
+    places: Mapping[str, tuple[float, float, float]], xlabel: str, ylabel: str, title: str = "", *, log: str = ""
+) -> Figure:
+    """One labelled point per entry, (x, y, half-width of y's error bar)."""
+    figure, axes = canvas(xlabel, ylabel, title)
+    for i, (label, (x, y, spread)) in enumerate(places.items()):
+        look = dict(color=COLORS[i % 7], marker=MARKERS[i % 7], markersize=8, capsize=4, linestyle="")
+        axes.errorbar([x], [y], yerr=[spread], label=label, **look)
+    _finish(axes, log, legend=True)
+    return figure
+
+
+def heatmap(
+    table: Sequence[Numbers],
+    xlabel: str,
+    ylabel: str,
+    value: str,
+    title: str = "",
+    *,
+    extent: tuple[float, float, float, float] | None = None,
+) -> Figure:
+    """A table of numbers as colours, its first row on top; `value` says what a colour means and in which unit.
+
+    `extent` is (left, right, bottom, top) in the units of the axes; without it rows and columns are counted from 0.
+    """
+    figure, axes = canvas(xlabel, ylabel, title)
+    image = axes.imshow(table, aspect="auto", cmap="cividis", interpolation="nearest", extent=extent)
+    figure.colorbar(image, label=value)
+    return figure
 
 
 def loss_curve(metrics: Sequence[dict[str, Any]]) -> Figure:
     """The losses of a run in nats per token, and its validation in bits per byte, over the tokens read."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas("tokens read (millions)", "loss (nats per token)", size=(7, 4))
     tokens = [m["tokens"] / 1e6 for m in metrics]
-    axes.plot(tokens, [m["loss"] for m in metrics], color="#4477AA", linewidth=1, label="training loss, next token")
+    axes.plot(tokens, [m["loss"] for m in metrics], color=COLORS[0], linewidth=1, label="training loss, next token")
     if any(m["mtp_loss"] for m in metrics):
         mtp_loss = [m["mtp_loss"] for m in metrics]
-        axes.plot(tokens, mtp_loss, color="#CCBB44", linewidth=1, zorder=1, label="training loss, the token after it")
-    axes.set_xlabel("tokens read (millions)")
-    axes.set_ylabel("loss (nats per token)")
+        axes.plot(tokens, mtp_loss, color=COLORS[4], linewidth=1, zorder=1, label="training loss, the token after it")
     validated = [m for m in metrics if "validation_bits_per_byte" in m]
     if validated:
         right = axes.twinx()
-        bits = [m["validation_bits_per_byte"] for m in validated]
         places = [m["tokens"] / 1e6 for m in validated]
-        right.plot(places, bits, "o--", color="#AA3377", label="validation (right axis)")
+        bits = [m["validation_bits_per_byte"] for m in validated]
+        right.plot(places, bits, "o--", color=COLORS[3], label="validation (right axis)")
         right.set_ylabel("validation (bits per byte)")
         right.set_ylim(bottom=0)
         right.legend(loc="lower right", frameon=False)
     axes.set_ylim(bottom=0)
     axes.legend(loc="lower left", frameon=False)
     return figure
+
+
+def _finish(axes: Axes, log: str, legend: bool) -> None:
+    """Logarithmic axes, a faint grid and the legend, the same in every figure."""
+    if "x" in log:
+        axes.set_xscale("log")
+    if "y" in log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    if legend:
+        axes.legend(frameon=False)

@@ -1,0 +1,260 @@
+"""Grading a class: every student's exercise notebooks are run, and judged by this project's own checks.
+
+A folder of submissions holds one folder per student, with that student's NN_name.ipynb anywhere inside. Each notebook
+runs in a fresh kernel of its own. Nothing but the names it defines at its end counts: check cells that a student edited
+or deleted neither earn nor lose points. Output is never collected, so a notebook may print without end; time and (on
+Linux) memory are limited; a kernel that does not stop when it is asked to is killed.
+
+What this does not do: keep a malicious notebook away from the machine. It runs as the user who grades.
+"""
+
+import ast
+import contextlib
+import csv
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from jupyter_client import BlockingKernelClient, KernelManager
+from tqdm import tqdm
+
+from minids.course.checks import Exercise, exercises
+from minids.course.notebooks import ROOT, environment, read
+
+NAME = re.compile(r"(\d\d)_\w+\.ipynb")
+CHAPTERS = {int(module.stem[-2:]) for module in Path(__file__).with_name("exercises").glob("chapter*.py")}
+GRACE = 5.0  # seconds that an interrupted kernel has to stop
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One line of the table: `status` is passed, failed, todo or error; `message` is the first thing to mend."""
+
+    student: str
+    exercise: str
+    name: str
+    points: int
+    out_of: int
+    status: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one notebook may use: seconds of time, bytes of address space."""
+
+    seconds: float = 120.0
+    memory: int = 8 * 2**30
+
+    def __post_init__(self):
+        for field, value in asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"{field}={value!r}: must be positive")
+
+
+class KernelLost(Exception):
+    """The kernel died, or had to be killed."""
+
+
+def grade(submissions: Path, limits: Limits = Limits()) -> list[Grade]:  # noqa: B008 - frozen
+    """Grade every student's notebooks, with a progress bar.
+
+    A notebook that some student handed in is expected of all. Raises `ValueError` where there is nothing to grade.
+    """
+    if not submissions.is_dir():
+        raise ValueError(f"{submissions} is not a folder")
+    students = sorted(path for path in submissions.iterdir() if path.is_dir() and not path.name.startswith("."))
+    handed_in = {student: _notebooks(student) for student in students}
+    chapters = sorted({chapter for found in handed_in.values() for chapter in found})
+    if not chapters:
+        raise ValueError(f"{submissions}: expected a folder for each student with notebooks such as 02_mla.ipynb in it")
+    grades = []
+    for student, chapter in tqdm([(s, c) for s in students for c in chapters], unit="notebook", disable=None):
+        outcome = _judge(handed_in[student].get(chapter, []), chapter, limits)
+        for exercise, (status, points, message) in zip(exercises(chapter), outcome, strict=True):
+            grades.append(Grade(student.name, exercise.id, exercise.name, points, exercise.points, status, message))
+    return grades
+
+
+def _notebooks(student: Path) -> dict[int, list[Path]]:
+    """The student's notebooks for each chapter that has exercises; of a whole copy of the course, its exercises/."""
+    paths = [path for path in sorted(student.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
+    paths = [path for path in paths if path.parent.name == "exercises"] or paths
+    found: dict[int, list[Path]] = {}
+    for path in paths:
+        match = NAME.fullmatch(path.name)
+        if match is not None and int(match[1]) in CHAPTERS:
+            found.setdefault(int(match[1]), []).append(path)
+    return found
+
+
+Outcome = tuple[str, int, str]
+
+
+def _judge(paths: list[Path], chapter: int, limits: Limits) -> list[Outcome]:
+    """Status, points and message of every exercise of the chapter."""
+    asked = exercises(chapter)
+    if len(paths) != 1:
+        return [("error", 0, "handed in more than once" if paths else "not handed in")] * len(asked)
+    try:
+        cells = [cell.source for cell in read(paths[0]).cells if cell.cell_type == "code"]
+    except ValueError as error:
+        return [("error", 0, str(error))] * len(asked)
+    outcome: list[Outcome] = []
+    try:
+        with Kernel(paths[0].parent, limits.memory) as kernel:
+            trouble = _run_all(kernel, cells, limits.seconds)
+            for exercise in asked:
+                outcome.append(_ask(kernel, exercise, limits.seconds, trouble))
+    except KernelLost as lost:
+        outcome += [("error", 0, str(lost))] * (len(asked) - len(outcome))
+    return outcome
+
+
+def _run_all(kernel: "Kernel", cells: list[str], seconds: float) -> str:
+    """Run cell after cell, also past those that fail, until time is up; the first complaint, or nothing."""
+    deadline = time.monotonic() + seconds
+    complaints = []
+    for number, source in enumerate(cells, start=1):
+        if time.monotonic() > deadline:
+            break
+        if complaint := kernel.run(source, deadline):
+            complaints.append(f"cell {number}: {complaint}")
+    return complaints[0] if complaints else ""
+
+
+_VERDICT = """
+def _verdict():
+    import json, sys
+    sys.path.insert(0, {root!r})
+    for name in [name for name in sys.modules if name.partition(".")[0] == "minids"]:
+        del sys.modules[name]
+    from minids.course.checks import check
+    report = check({id!r}, {name})
+    return json.dumps([report.status, report.points, [line.strip() for line in report.lines]])
+"""
+
+
+def _ask(kernel: "Kernel", exercise: Exercise, seconds: float, trouble: str) -> Outcome:
+    """The project's verdict on one exercise, from minids as it stands on disk, whatever the notebook did to it."""
+    source = _VERDICT.format(root=str(ROOT), id=exercise.id, name=exercise.name)
+    reply = kernel.ask(source, "_verdict()", time.monotonic() + seconds)
+    if isinstance(reply, str):
+        missing = reply.startswith("NameError") and exercise.name in reply
+        message = f"the notebook does not define {exercise.name}" if missing else reply
+        return "error", 0, f"{message} ({trouble})" if trouble else message
+    status, points, lines = reply
+    to_mend = " ".join(line for line in lines if not line.startswith("✓"))
+    return status, points, "not started yet" if status == "todo" else to_mend
+
+
+class Kernel:
+    """A fresh kernel that runs code until a deadline. What it prints goes nowhere: nobody listens."""
+
+    def __init__(self, folder: Path, memory: int):
+        self.manager = KernelManager(kernel_name="python3")
+        nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.manager.start_kernel(cwd=str(folder), env=environment(), **nowhere)
+        self.client: BlockingKernelClient = self.manager.blocking_client()
+        self.client.start_channels(iopub=False, stdin=False, hb=False)
+        self.memory = memory
+
+    def __enter__(self) -> "Kernel":
+        limit = f"import resource as r; r.setrlimit(r.RLIMIT_AS, ({self.memory}, {self.memory})); del r"
+        complaint = self.run(limit if os.name == "posix" else "pass", time.monotonic() + 60)
+        if complaint:
+            raise KernelLost(f"the kernel did not start: {complaint}")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.client.stop_channels()
+        if os.name == "posix":  # a kernel leads a group of its own, with all that the notebook has started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.manager.provisioner.pgid, signal.SIGKILL)
+        self.manager.shutdown_kernel(now=True)
+
+    def run(self, source: str, deadline: float) -> str:
+        """Run a cell; what went wrong in one line, or nothing. Raises `KernelLost`."""
+        return self._complaint(self._execute(source, {}, deadline))
+
+    def ask(self, source: str, expression: str, deadline: float) -> list | str:
+        """Run a cell and read a JSON expression; a string is what went wrong. Raises `KernelLost`."""
+        reply = self._execute(source, {"answer": expression}, deadline)
+        answer = reply.get("user_expressions", {}).get("answer", reply)
+        if complaint := self._complaint(answer):
+            return complaint
+        return json.loads(ast.literal_eval(answer["data"]["text/plain"]))
+
+    def _execute(self, source: str, expressions: dict[str, str], deadline: float) -> dict:
+        options = dict(store_history=False, allow_stdin=False, stop_on_error=False)
+        id = self.client.execute(source, user_expressions=expressions, **options)
+        interrupted = False
+        while True:
+            with contextlib.suppress(queue.Empty):
+                reply = self.client.get_shell_msg(timeout=0.2)
+                if reply["parent_header"].get("msg_id") == id:
+                    return reply["content"]
+            if not self.manager.is_alive():
+                raise KernelLost("the kernel died: out of memory, or the notebook ended it")
+            if time.monotonic() > deadline + GRACE:
+                raise KernelLost("took too long, and did not stop when interrupted")
+            if time.monotonic() > deadline and not interrupted:
+                self.manager.interrupt_kernel()
+                interrupted = True
+
+    @staticmethod
+    def _complaint(content: dict) -> str:
+        if content["status"] == "ok":
+            return ""
+        if content.get("ename") == "KeyboardInterrupt":
+            return "took too long"
+        return f"{content.get('ename', 'aborted')}: {content.get('evalue', '')}".replace("\n", " ")[:200]
+
+
+def as_text(grades: Iterable[Grade]) -> Iterator[str]:
+    """A table for the screen, and each student's sum."""
+    grades = list(grades)
+    width = max(len(grade.student) for grade in grades) + 2
+    yield f"{'student':{width}}{'exercise':26}{'points':>8}  first thing to mend"
+    for student in dict.fromkeys(grade.student for grade in grades):
+        own = [grade for grade in grades if grade.student == student]
+        for g in own:
+            yield f"{student:{width}}{f'{g.exercise} {g.name}':26}{f'{g.points}/{g.out_of}':>8}  {g.message}".rstrip()
+        yield f"{student:{width}}{'sum':26}{f'{sum(g.points for g in own)}/{sum(g.out_of for g in own)}':>8}"
+
+
+def write_csv(grades: Iterable[Grade], path: Path) -> None:
+    """The table with one row per student and exercise."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, Grade.__dataclass_fields__)
+        writer.writeheader()
+        writer.writerows(map(asdict, grades))
+
+
+def write_junit(grades: Iterable[Grade], path: Path) -> None:
+    """The same as JUnit XML: a suite for each student, a failure for each exercise that did not pass."""
+    suites = ElementTree.Element("testsuites")
+    students: dict[str, ElementTree.Element] = {}
+    for grade in grades:
+        suite = students.get(grade.student)
+        if suite is None:
+            suite = students[grade.student] = ElementTree.SubElement(suites, "testsuite", name=grade.student)
+        case = ElementTree.SubElement(suite, "testcase", classname=grade.student, name=f"{grade.exercise} {grade.name}")
+        if grade.status != "passed":
+            kind = "error" if grade.status == "error" else "failure"
+            ElementTree.SubElement(case, kind, message=_printable(grade.message or grade.status))
+    ElementTree.indent(suites)
+    ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _printable(text: str) -> str:
+    """XML knows no control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)

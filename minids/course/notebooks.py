@@ -1,0 +1,118 @@
+"""Notebooks as the repository keeps them: run from top to bottom, and stored without what changes from run to run.
+
+    python -m minids.course.notebooks chapters/02_mla.ipynb      run it and store it
+    python -m minids.course.notebooks solutions/02_mla.ipynb     the same, and make exercises/02_mla.ipynb from it
+
+`solutions/` is the source: what stands between `### BEGIN SOLUTION` and `### END SOLUTION` becomes a hole.
+
+The convention for outputs that differ on another machine. What a cell prints is compared, character by character, when
+the tests run the notebook again. Figures are not compared, nor are the widgets' live forms. A cell whose text has to
+differ (a training loop with times, a progress bar) carries the tag `nbval-ignore-output`, and the next cell of code
+asserts what it showed. A cell that is meant to fail carries the tag `raises-exception`. There are no other exemptions.
+"""
+
+import copy
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parents[2]
+SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?### END SOLUTION[ \t]*$", re.DOTALL | re.MULTILINE)
+LIVE_WIDGET = "application/vnd.jupyter.widget-view+json"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def environment() -> dict[str, str]:
+    """The environment of every kernel that stores or compares outputs: minids importable, one thread."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+
+
+def read(path: Path) -> NotebookNode:
+    """The notebook in a file. Raises `ValueError` if there is none in it."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except Exception as error:  # nbformat trips in many ways over what is not JSON, or JSON of another kind
+        reason = str(error).partition("\n")[0][:100]
+        raise ValueError(f"{path.name} is not a notebook: {reason}") from None
+    return notebook
+
+
+def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
+    """Run all cells in a fresh kernel that stands in `folder`, and return the result in normal form.
+
+    Raises `ValueError` with the message of the first cell that fails without being tagged for it.
+    """
+    client = NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(folder)}})
+    try:
+        client.execute(env=environment())
+    except CellExecutionError as error:
+        raise ValueError(f"a cell failed with {error.ename}: {error.evalue}\n{error}") from None
+    return normal(notebook)
+
+
+def normal(notebook: NotebookNode) -> NotebookNode:
+    """A copy without what tells a reader nothing: ids and times, colours and paths in tracebacks, dead widgets."""
+    notebook = copy.deepcopy(notebook)
+    notebook.metadata = nbformat.from_dict(METADATA)
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number:03d}"
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type == "code":
+            cell.outputs = list(_normal_outputs(cell.outputs))
+    return notebook
+
+
+def _normal_outputs(outputs: list[NotebookNode]) -> Iterator[NotebookNode]:
+    streams: dict[str, NotebookNode] = {}
+    for output in outputs:
+        if output.output_type == "stream":  # one block for each stream, however it was chunked
+            if output.name in streams:
+                streams[output.name].text += output.text
+                continue
+            streams[output.name] = output
+        elif output.output_type == "error":
+            output.traceback = [f"{output.ename}: {output.evalue}"]
+        else:
+            output.data.pop(LIVE_WIDGET, None)
+            output.metadata = nbformat.from_dict({})
+        yield output
+
+
+def with_holes(solution: NotebookNode) -> NotebookNode:
+    """The exercise notebook of a solution, not yet run: every marked region is a hole that raises."""
+    notebook = copy.deepcopy(solution)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = SOLUTION.sub(r'\1raise NotImplementedError("your turn")', cell.source)
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def main(*paths: str) -> int:
+    for path in map(Path, paths):
+        print(f"running {path} ...", flush=True)
+        notebook = read(path)
+        nbformat.write(execute(notebook, path.parent), path)
+        if path.resolve().parent == ROOT / "solutions":
+            exercise = ROOT / "exercises" / path.name
+            exercise.parent.mkdir(exist_ok=True)
+            nbformat.write(execute(with_holes(notebook), exercise.parent), exercise)
+            print(f"made {exercise.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,75 @@
+"""Sliders over the figures, which still show something where no kernel runs.
+
+One output holds three forms: the live widget, a PNG of its first state, and a line of text. JupyterLab shows the first
+that it can, a page without a kernel the PNG, and the test of stored outputs compares the text.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets
+from matplotlib.figure import Figure
+
+Range = tuple[float, float, float]
+
+
+class Explorer:
+    """An interactive figure: `draw(**values)` is drawn anew when a control moves.
+
+    A control is given by what it ranges over: (low, high, start) is a slider, of whole numbers if all three are whole;
+    a list is a menu that starts at its first entry; True or False is a box to tick. `draw` has to return a new Figure
+    and depend on nothing else. `controls` holds the ipywidgets, so that a test can move them.
+    """
+
+    def __init__(self, draw: Callable[..., Figure], **ranges: Range | list | bool):
+        self.draw = draw
+        self.controls = {name: _control(name, values) for name, values in ranges.items()}
+        self._complaint = ipywidgets.HTML()
+        self._image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="auto", align_self="flex-start"))
+        for control in self.controls.values():
+            control.observe(self._moved, names="value")
+        self._redraw()
+        self._box = ipywidgets.VBox([*self.controls.values(), self._complaint, self._image])
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the controls stand at."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    @property
+    def png(self) -> bytes:
+        """The picture as it is shown now."""
+        return self._image.value
+
+    def _redraw(self) -> None:
+        png = io.BytesIO()
+        self.draw(**self.values).savefig(png, format="png", dpi=90)
+        self._image.value = png.getvalue()
+
+    def _moved(self, _change: object) -> None:
+        self._complaint.value = ""
+        try:
+            self._redraw()
+        except Exception as error:  # JupyterLab would swallow it, and the slider would seem broken
+            self._complaint.value = f"<b>{html.escape(f'{type(error).__name__}: {error}')}</b>"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
+        at = ", ".join(f"{name}={value}" for name, value in self.values.items())
+        return dict(self._box._repr_mimebundle_()) | {
+            "text/plain": f"Explorer({self.draw.__name__}: {at})",
+            "image/png": base64.b64encode(self.png).decode(),
+        }
+
+
+def _control(name: str, values: Range | list | bool) -> ipywidgets.Widget:
+    label = dict(description=name.replace("_", " "), style={"description_width": "initial"})
+    if isinstance(values, bool):
+        return ipywidgets.Checkbox(value=values, **label)
+    if isinstance(values, list):
+        return ipywidgets.Dropdown(options=values, value=values[0], **label)
+    low, high, start = values
+    slider = ipywidgets.IntSlider if all(isinstance(v, int) for v in values) else ipywidgets.FloatSlider
+    return slider(min=low, max=high, value=start, continuous_update=False, **label)

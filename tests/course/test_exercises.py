@@ -1,0 +1,99 @@
+"""Each exercise can be solved, cannot be passed by doing nothing, and names the mistakes it knows."""
+
+import contextlib
+import io
+
+import pytest
+import torch
+from notebooks import EXERCISES, SOLUTIONS, chapter_number
+
+from minids.course.checks import Function, SpotTheBug, check, describe, exercises
+from minids.course.notebooks import read
+
+ALL = [exercise for path in SOLUTIONS for exercise in exercises(chapter_number(path))]
+FUNCTIONS = [exercise for exercise in ALL if isinstance(exercise, Function)]
+MISTAKES = [(exercise, words) for exercise in FUNCTIONS for words in exercise.mistakes]
+
+
+def names_in(paths):
+    """Everything the notebooks define, by chapter."""
+    spaces = {}
+    for path in paths:
+        space = spaces[chapter_number(path)] = {}
+        with contextlib.redirect_stdout(io.StringIO()):
+            for cell in read(path).cells:
+                if cell.cell_type == "code":
+                    exec(compile(cell.source, path.name, "exec"), space)
+    return spaces
+
+
+@pytest.fixture(scope="module")
+def solved():
+    return names_in(SOLUTIONS)
+
+
+@pytest.fixture(scope="module")
+def empty():
+    return names_in(EXERCISES)
+
+
+def chapter(exercise):
+    return int(exercise.id.split(".")[0])
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.name)
+def test_a_chapter_asks_for_enough(path):
+    number = chapter_number(path)
+    asked = exercises(number)
+    assert [exercise.id for exercise in asked] == [f"{number}.{i + 1}" for i in range(len(asked))]
+    assert len(asked) >= 4
+    assert number < 2 or any(isinstance(exercise, SpotTheBug) for exercise in asked)
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=lambda exercise: exercise.id)
+def test_the_solution_passes_and_the_hole_is_not_started(exercise, solved, empty):
+    report = check(exercise.id, solved[chapter(exercise)][exercise.name])
+    assert report.status == "passed" and report.points == exercise.points, report
+    assert check(exercise.id, empty[chapter(exercise)][exercise.name]).status == "todo"
+
+
+@pytest.mark.parametrize("exercise, words", MISTAKES, ids=[f"{e.id}: {words}" for e, words in MISTAKES])
+def test_a_known_mistake_is_called_by_its_name(exercise, words):
+    report = check(exercise.id, exercise.mistakes[words])
+    assert (report.status, report.points) == ("failed", 0)
+    assert f"this is what comes out when {words}" in repr(report), report
+
+
+def zeros_like(value):
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value)
+    return tuple(map(zeros_like, value)) if isinstance(value, tuple | list) else type(value)()
+
+
+@pytest.mark.parametrize("exercise", FUNCTIONS, ids=lambda exercise: exercise.id)
+def test_doing_nothing_earns_nothing(exercise):
+    first = exercise.reference(*exercise.examples(torch.Generator().manual_seed(0))[0])
+    lazy = {
+        "None": lambda *arguments: None,
+        "its argument": lambda *arguments: arguments[0],
+        "zeros": lambda *arguments: zeros_like(exercise.reference(*arguments)),
+        f"always {describe(first)}": lambda *arguments: first,
+    }
+    for name, answer in lazy.items():
+        assert check(exercise.id, answer).points == 0, name
+
+
+@pytest.mark.parametrize("exercise", [e for e in ALL if isinstance(e, SpotTheBug)], ids=lambda exercise: exercise.id)
+def test_a_test_that_tests_nothing_earns_nothing(exercise):
+    def rejects_all(implementation):
+        raise AssertionError
+
+    assert check(exercise.id, lambda implementation: None).points == 0
+    assert check(exercise.id, rejects_all).points == 0
+
+
+def test_every_exercise_module_has_its_notebook():
+    import minids.course.exercises as package
+
+    modules = sorted(path.stem for path in __import__("pathlib").Path(package.__path__[0]).glob("chapter*.py"))
+    assert modules == [f"chapter{chapter_number(path):02d}" for path in SOLUTIONS]

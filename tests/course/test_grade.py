@@ -1,0 +1,175 @@
+"""A folder of submissions becomes the right table, whatever the notebooks in it do."""
+
+import csv
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import nbformat
+import pytest
+from notebooks import EXERCISES, SOLUTIONS
+
+from minids.course import grade as grading
+from minids.course.checks import exercises
+from minids.course.grade import Limits, as_text, grade, write_csv, write_junit
+from minids.course.notebooks import ROOT, read
+
+ASKED = exercises(1)
+POINTS = sum(exercise.points for exercise in ASKED)
+FILE = SOLUTIONS[0].name
+
+
+def notebook(path, *sources):
+    path.parent.mkdir(parents=True)
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+
+def solution():
+    return [cell.source for cell in read(SOLUTIONS[0]).cells if cell.cell_type == "code"]
+
+
+FIRST, SECOND = ASKED[:2]
+FORGED = """
+import minids.course.checks as checks
+checks.check = lambda *_: checks.Report("1.1", "x", "passed", 9, 9)
+checks.Function.check = lambda *_: checks.Report("1.1", "x", "passed", 9, 9)
+"""
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """Nine students at once: starting a kernel for each takes a few seconds."""
+    folder = tmp_path_factory.mktemp("class")
+    notebook(folder / "right" / FILE, *solution())
+    notebook(folder / "no_check_cells" / "week 1" / FILE, *[cell for cell in solution() if "check(" not in cell])
+    notebook(folder / "wrong" / FILE, *solution(), f"def {FIRST.name}(*arguments):\n    return 7")
+    notebook(folder / "crashing" / FILE, "1 / 0", *solution(), f"del {SECOND.name}")
+    notebook(folder / "hanging" / FILE, *solution(), "while True:\n    pass")
+    notebook(folder / "stubborn" / FILE, "import signal\nsignal.signal(2, signal.SIG_IGN)\nwhile True: pass")
+    notebook(folder / "dying" / FILE, *solution(), "import os\nos._exit(0)")
+    notebook(folder / "forging" / FILE, FORGED, *solution(), f"def {FIRST.name}(*arguments):\n    return 7")
+    notebook(folder / "greedy" / FILE, "b = bytearray(2**40)", *solution())
+    notebook(folder / "chatty" / FILE, *solution(), "while True:\n    print('x' * 10**6)")
+    (folder / "garbage").mkdir()
+    (folder / "garbage" / FILE).write_text("this is no notebook")
+    (folder / "absent").mkdir()
+    (folder / "a file, not a student.txt").write_text("")
+    whole_course = folder / "whole_course"
+    for place in ("chapters", "exercises", "solutions"):
+        (whole_course / place).mkdir(parents=True)
+        (whole_course / place / FILE).write_text(EXERCISES[0].read_text(encoding="utf-8"), encoding="utf-8")
+    return grade(folder, Limits(seconds=20))
+
+
+def of(graded, student):
+    rows = [row for row in graded if row.student == student]
+    assert [row.exercise for row in rows] == [exercise.id for exercise in ASKED]
+    return rows
+
+
+def points(graded, student):
+    return sum(row.points for row in of(graded, student))
+
+
+def test_right_answers_earn_all_points_with_or_without_check_cells(graded):
+    assert points(graded, "right") == points(graded, "no_check_cells") == POINTS
+    assert all(row.status == "passed" and not row.message for row in of(graded, "right"))
+
+
+def test_a_wrong_answer_costs_its_points_and_is_told_why(graded):
+    first, *others = of(graded, "wrong")
+    assert (first.status, first.points) == ("failed", 0)
+    assert "got 7" in first.message
+    assert all(row.status == "passed" for row in others)
+
+
+def test_after_a_crash_the_other_cells_still_count(graded):
+    first, second, *others = of(graded, "crashing")
+    assert first.status == "passed" and all(row.status == "passed" for row in others)
+    assert second.status == "error"
+    assert f"does not define {SECOND.name} (cell 1: ZeroDivisionError: division by zero)" in second.message
+
+
+def test_endless_cells_are_stopped_and_the_rest_counts(graded):
+    assert points(graded, "hanging") == POINTS
+    assert points(graded, "chatty") == POINTS
+
+
+def test_a_kernel_that_cannot_go_on_is_one_message_for_each_exercise(graded):
+    assert {row.message for row in of(graded, "stubborn")} == {"took too long, and did not stop when interrupted"}
+    assert {row.message for row in of(graded, "dying")} == {"the kernel died: out of memory, or the notebook ended it"}
+
+
+def test_memory_is_limited(graded):
+    assert points(graded, "greedy") == POINTS  # the allocation failed in its cell, and the rest went on
+
+
+def test_a_check_that_the_notebook_replaced_earns_nothing(graded):
+    first, *others = of(graded, "forging")
+    assert first.points == 0 and all(row.status == "passed" for row in others)
+
+
+def test_what_is_no_notebook_or_not_there_is_named(graded):
+    assert all(row.message.startswith(f"{FILE} is not a notebook") for row in of(graded, "garbage"))
+    assert {row.message for row in of(graded, "absent")} == {"not handed in"}
+
+
+def test_of_a_whole_copy_of_the_course_the_exercises_count(graded):
+    assert {row.status for row in of(graded, "whole_course")} == {"todo"}
+
+
+def test_the_table_as_text_csv_and_junit(graded, tmp_path):
+    table = "\n".join(as_text(graded))
+    assert f"{POINTS}/{POINTS}" in table and "a file, not a student" not in table
+    write_csv(graded, tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(graded)
+    assert rows[0]["student"] == graded[0].student and int(rows[0]["out_of"]) == graded[0].out_of
+    write_junit(graded, tmp_path / "table.xml")
+    suites = ElementTree.parse(tmp_path / "table.xml").getroot()
+    right = suites.find("testsuite[@name='right']")
+    wrong = suites.find("testsuite[@name='wrong']")
+    assert len(right) == len(ASKED) and right.find(".//failure") is None
+    assert "got 7" in wrong.find(".//failure").get("message")
+
+
+def test_two_notebooks_of_one_chapter_are_refused(tmp_path):
+    notebook(tmp_path / "ann" / "first" / FILE, "1")
+    notebook(tmp_path / "ann" / "second" / FILE, "1")
+    assert {row.message for row in grade(tmp_path)} == {"handed in more than once"}
+
+
+def test_a_hanging_answer_does_not_stop_the_others(tmp_path):
+    notebook(tmp_path / "ann" / FILE, *solution(), f"def {FIRST.name}(*arguments):\n    while True: pass")
+    first, *others = grade(tmp_path, Limits(seconds=15))
+    assert (first.status, first.message) == ("error", "took too long")
+    assert all(row.status == "passed" for row in others)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda folder: None, "is not a folder"),
+        (lambda folder: folder.mkdir(), "expected a folder for each student"),
+    ],
+)
+def test_nothing_to_grade_is_said_in_a_line(tmp_path, make, words):
+    make(tmp_path / "class")
+    with pytest.raises(ValueError, match=words):
+        grade(tmp_path / "class")
+    finished = subprocess.run(
+        [sys.executable, "-m", "minids", "grade", str(tmp_path / "class")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert finished.returncode == 2 and words in finished.stderr and finished.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("limits", [{"seconds": 0}, {"seconds": -1}, {"memory": 0}])
+def test_a_limit_must_be_positive(limits):
+    with pytest.raises(ValueError, match="must be positive"):
+        Limits(**limits)
+
+
+def test_the_chapters_that_can_be_graded_are_those_with_exercises():
+    assert grading.CHAPTERS == {int(path.name[:2]) for path in SOLUTIONS}
