@@ -1,4 +1,4 @@
-"""The command line: python -m minids train | sample | export | import | bench | grade.
+"""The command line: python -m minids train | sample | export | import | bench | grade | cost | schedule.
 
 A user's mistake gets one line and exit status 2; an interrupted run says how to go on with it.
 """
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from minids import bench
+from minids import bench, cost
 from minids.config import ModelConfig
 from minids.course import grade
 from minids.course.plots import loss_curve
@@ -24,6 +24,7 @@ from minids.inference.generate import Sampling, stream
 from minids.inference.speculative import generate_speculatively
 from minids.interop.hf import load_pretrained, save_pretrained
 from minids.model.transformer import MiniDS
+from minids.parallel import schedule
 from minids.run import RUNS, Run, free_directory, load_run, newest_run, read_metrics, read_text, save_imported
 from minids.training.loop import Diverged, Recipe, Trainer
 
@@ -192,6 +193,10 @@ def bench_command(
     """
     torch.set_num_threads(threads)
     bench.run(names, repeats, run, json)
+
+
+command("cost")(cost.cost_report)
+command("schedule")(schedule.schedule_command)
 
 
 @command("grade")

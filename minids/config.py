@@ -23,12 +23,12 @@ class YaRN:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            _require(type(value) in (int, float) and 0 <= value < float("inf"), f.name, value, "must be a number >= 0")
-        _require(self.factor >= 1, "factor", self.factor, "must be at least 1")
+            require(type(value) in (int, float) and 0 <= value < float("inf"), f.name, value, "must be a number >= 0")
+        require(self.factor >= 1, "factor", self.factor, "must be at least 1")
         context = self.original_max_position_embeddings
-        _require(context > 0, "original_max_position_embeddings", context, "must be positive")
+        require(context > 0, "original_max_position_embeddings", context, "must be positive")
         ordered = self.beta_fast > self.beta_slow > 0
-        _require(ordered, "beta_fast", self.beta_fast, f"must exceed beta_slow={self.beta_slow}, which must exceed 0")
+        require(ordered, "beta_fast", self.beta_fast, f"must exceed beta_slow={self.beta_slow}, which must exceed 0")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class ModelConfig:
         if model_type not in ("deepseek_v3", "deepseek_v2"):
             raise ValueError(f"model_type={model_type!r}: only deepseek_v3 and deepseek_v2 configs can be read")
         for name, value in _HF_FIXED.items():
-            _require(fields.get(name, value) == value, name, fields.get(name), f"only {value!r} can be read")
+            require(fields.get(name, value) == value, name, fields.get(name), f"only {value!r} can be read")
         known = {f.name for f in dataclasses.fields(cls)}
         missing = sorted(name for name in _HF_REQUIRED if fields.get(name) is None)
         if missing:
@@ -144,7 +144,7 @@ class ModelConfig:
         own["q_lora_rank"] = fields.get("q_lora_rank") or None
         own["num_key_value_heads"] = fields["num_attention_heads"]  # MLA has no use for it; some configs say null
         rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-        _require(isinstance(rope, dict), "rope_scaling", rope, "must be an object")
+        require(isinstance(rope, dict), "rope_scaling", rope, "must be an object")
         own["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", cls.rope_theta))
         own["rope_scaling"] = _yarn_from_hf(rope)
         own["attention"] = "mla"
@@ -152,9 +152,9 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of `DeepseekV3ForCausalLM`; `ValueError` if it cannot express this. None becomes 0.02."""
-        _require(self.attention == "mla", "attention", self.attention, "Hugging Face's DeepSeek-V3 has MLA only")
-        _require(self.selects_with_bias, "topk_method", self.topk_method, "only noaux_tc routing can be exported")
-        _require(self.scoring_func == "sigmoid", "scoring_func", self.scoring_func, "only sigmoid can be exported")
+        require(self.attention == "mla", "attention", self.attention, "Hugging Face's DeepSeek-V3 has MLA only")
+        require(self.selects_with_bias, "topk_method", self.topk_method, "only noaux_tc routing can be exported")
+        require(self.scoring_func == "sigmoid", "scoring_func", self.scoring_func, "only sigmoid can be exported")
         fields = self.to_dict()
         for name in ("attention", "expert_balance_alpha", "device_balance_alpha", "communication_balance_alpha"):
             del fields[name]
@@ -175,7 +175,7 @@ class ModelConfig:
         }
 
 
-def _require(holds: bool, field: str, value: Any, rule: str) -> None:
+def require(holds: bool, field: str, value: Any, rule: str) -> None:
     if not holds:
         raise ValueError(f"{field}={value!r}: {rule}")
 
@@ -184,18 +184,18 @@ def _check(c: ModelConfig) -> None:
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
         if f.type is int:
-            _require(isinstance(value, int) and not isinstance(value, bool), f.name, value, "must be a whole number")
+            require(isinstance(value, int) and not isinstance(value, bool), f.name, value, "must be a whole number")
             least = 0 if f.name in _MAY_BE_ZERO else 1
-            _require(value >= least, f.name, value, f"must be at least {least}")
+            require(value >= least, f.name, value, f"must be at least {least}")
         if f.type is float:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _require(number and 0 <= value < float("inf"), f.name, value, "must be a finite number, at least 0")
+            require(number and 0 <= value < float("inf"), f.name, value, "must be a finite number, at least 0")
     for field, words in _CHOICES.items():
-        _require(getattr(c, field) in words, field, getattr(c, field), f"must be one of {', '.join(words)}")
+        require(getattr(c, field) in words, field, getattr(c, field), f"must be one of {', '.join(words)}")
     for field, kinds in (("q_lora_rank", (int,)), ("initializer_range", (int, float))):
         value = getattr(c, field)
         positive = type(value) in kinds and 0 < value < float("inf")
-        _require(value is None or positive, field, value, "must be positive or None")
+        require(value is None or positive, field, value, "must be positive or None")
     reachable = c.n_routed_experts // c.n_group * c.topk_group
     pairs_need_two = c.topk_method == "noaux_tc" and c.n_group > 1
     rotated = "qk_rope_head_dim" if c.attention == "mla" else "v_head_dim"
@@ -238,7 +238,7 @@ def _check(c: ModelConfig) -> None:
         (c.moe_intermediate_size % 8 == 0, "moe_intermediate_size", "must be a multiple of 8"),
     ]
     for holds, field, rule in rules:
-        _require(holds, field, getattr(c, field), rule)
+        require(holds, field, getattr(c, field), rule)
 
 
 _MAY_BE_ZERO = {"num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts"}
@@ -293,10 +293,10 @@ def _yarn_from_hf(rope: dict[str, Any]) -> YaRN | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    _require(kind == "yarn", "rope_type", kind, "only default and yarn are known")
+    require(kind == "yarn", "rope_type", kind, "only default and yarn are known")
     fields = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta")}
     for name in ("factor", "original_max_position_embeddings"):
-        _require(name in fields, "rope_scaling", rope, f"must name {name}")
+        require(name in fields, "rope_scaling", rope, f"must name {name}")
     return _yarn_from_dict({"mscale_all_dim": 0.0} | fields)
 
 

@@ -84,7 +84,7 @@ def open_page(address, minutes):
         page.set_default_timeout(minutes * 60_000)
         page.goto(address)
         page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-        page.wait_for_selector("text=Python 3 (ipykernel) | Idle")  # the kernel is there: else the menu would ask for one
+        page.wait_for_selector("text=Python 3 (ipykernel) | Idle")  # without a kernel the menu would ask for one
         try:
             yield page
         finally:
