@@ -143,15 +143,16 @@ def sample(
 
 
 @command("export")
-def export(run: Positional[Path], directory: Positional[Path]) -> None:
+def export(run: Positional[Path], directory: Positional[Path], fp8: bool = False) -> None:
     """Write the model of a run as a Hugging Face DeepSeek-V3 folder, which transformers loads.
 
     Args:
         run: Folder of the run.
         directory: Folder to write; it must not exist yet.
+        fp8: Write matrices in FP8 with a scale for each block, as DeepSeek released V3.
     """
     model, tokenizer = load_run(run)
-    save_pretrained(model, directory)
+    save_pretrained(model, directory, fp8=fp8)
     tokenizer.save(directory)
     print(f"{directory} holds {model.num_parameters(mtp=True):,} parameters as DeepseekV3ForCausalLM")
 

@@ -14,6 +14,7 @@ from minids.data.batches import tokenize
 from minids.data.corpus import read_documents, split_documents
 from minids.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from minids.files import write_text_whole
+from minids.model.fp8_linear import convert_to_fp8
 from minids.model.transformer import MiniDS
 from minids.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from minids.training.loop import Recipe, TextData
@@ -90,6 +91,8 @@ def load_run(directory: Path, device: str = "cpu") -> tuple[MiniDS, Tokenizer]:
         model.load_state_dict(tensors["model"], assign=True)
     except (RuntimeError, KeyError):
         raise ValueError(f"{newest} is damaged: its tensors do not fit its config") from None
+    if state.get("recipe", {}).get("precision") == "fp8":
+        convert_to_fp8(model)
     return model.to(device).eval(), load_tokenizer(directory)
 
 

@@ -24,17 +24,23 @@ from torch import Tensor
 from minids.config import ModelConfig
 from minids.files import save_tensors, written_whole
 from minids.interop.names import EMBEDDING, across, released_tensors, shared_copies
+from minids.model.fp8 import dequantize, quantize
 from minids.model.transformer import MiniDS
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 EXPORTED = re.compile(r"(config|tokenizer|model\.safetensors\.index)\.json|model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @torch.no_grad()
-def save_pretrained(model: MiniDS, directory: str | os.PathLike, *, max_shard_bytes: int = 5 * 2**30) -> None:
+def save_pretrained(
+    model: MiniDS, directory: str | os.PathLike, *, fp8: bool = False, max_shard_bytes: int = 5 * 2**30
+) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` and `load_pretrained` read.
 
-    Tensors keep their number format; beyond `max_shard_bytes` they are spread over several files with an index.
+    Tensors keep their number format, but with `fp8` the matrices of all linear layers and experts are written as the
+    release does: E4M3 with a float32 scale for each block of 128 x 128 (FACTS.md section 5). Beyond `max_shard_bytes`
+    tensors are spread over several files with an index.
     `directory` may be new, empty or an earlier export, and changes only once the new one is complete. Raises
     `ValueError` for any other directory and for a model that a DeepSeek-V3 config cannot express, `OSError` where the
     disk refuses.
@@ -44,14 +50,17 @@ def save_pretrained(model: MiniDS, directory: str | os.PathLike, *, max_shard_by
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
     _check_replaceable(directory)
     fields = _config_fields(model)
-    tensors = released_tensors(model)
+    tensors = {name: across(name, tensor) for name, tensor in released_tensors(model).items()}
+    if fp8:
+        tensors = {part: each for name, tensor in tensors.items() for part, each in _in_fp8(name, tensor).items()}
+        fields["quantization_config"] = FP8
     # Cloned, because safetensors refuses two names for the same memory.
     tensors |= {copy: tensors[original].clone() for copy, original in shared_copies(model.config).items()}
     shards = _shards(tensors, max_shard_bytes)
     with written_whole(directory) as folder:
         _write_json(folder / CONFIG, fields)
         for file, names in shards.items():
-            shard = {name: across(name, tensors[name]).contiguous() for name in names}
+            shard = {name: tensors[name].contiguous() for name in names}
             save_tensors(shard, folder / file)
             shutil.copymode(folder / CONFIG, folder / file)  # safetensors lets nobody but the owner read
         if len(shards) > 1:
@@ -173,8 +182,7 @@ def _check_tensors(files: dict[str, Any], model: MiniDS, block: tuple[int, int] 
     copies = {copy: original for copy, original in shared_copies(model.config).items() if copy in files}
     shapes |= {copy: shapes[original] for copy, original in copies.items()}
     if block is not None:
-        # As released: every linear layer may be FP8; embedding, head, gate and norms never are.
-        for name in [name for name in shapes if "_proj" in name and _scale_name(name) in files]:
+        for name in [name for name in shapes if _may_be_fp8(name) and _scale_name(name) in files]:
             rows, columns = shapes[name]
             shapes[_scale_name(name)] = [ceil(rows / block[0]), ceil(columns / block[1])]
     for name in sorted(shapes.keys() | files.keys()):
@@ -199,9 +207,20 @@ def _read(files: dict[str, Any], name: str, block: tuple[int, int] | None) -> Fl
     scale_name = _scale_name(name)
     if scale_name not in files:
         return tensor
-    scale = files[scale_name].get_tensor(scale_name).float()
-    scale = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return tensor.float() * scale[: tensor.shape[0], : tensor.shape[1]]  # edge blocks may be smaller
+    return dequantize(tensor, files[scale_name].get_tensor(scale_name), block)
+
+
+def _in_fp8(name: str, tensor: Float[Tensor, "..."]) -> dict[str, Float[Tensor, "..."]]:
+    """What an FP8 folder holds in place of `tensor`: numbers and their scales, or the tensor itself."""
+    if not _may_be_fp8(name):
+        return {name: tensor}
+    numbers, scale = quantize(tensor, tuple(FP8["weight_block_size"]))
+    return {name: numbers, _scale_name(name): scale}
+
+
+def _may_be_fp8(name: str) -> bool:
+    """As released: every linear layer may be FP8; embedding, head, gate and norms never are."""
+    return "_proj" in name
 
 
 def _scale_name(name: str) -> str:

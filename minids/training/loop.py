@@ -23,6 +23,7 @@ from tqdm import tqdm
 from minids.data.batches import Batch, BatchStream, TokenizedCorpus, evaluation_batches
 from minids.data.tokenizer import Tokenizer
 from minids.files import write_text_whole
+from minids.model.fp8_linear import convert_to_fp8
 from minids.model.moe import max_violation
 from minids.model.transformer import MiniDS
 from minids.training.checkpoint import (
@@ -59,7 +60,7 @@ class Recipe:
     """Weight of the multi-token prediction loss; a third of it once the learning rate falls."""
     balance_speed: float = 0.001
     """How far a step moves a router's bias; 0 in the last stretch."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     seed: int = 0
     evaluate_every: int = 100
     evaluation_batches: int = 16
@@ -75,8 +76,8 @@ class Recipe:
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be a finite number above 0")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision={self.precision!r}: must be fp32 or bf16")
+        if self.precision not in ("fp32", "bf16", "fp8"):
+            raise ValueError(f"precision={self.precision!r}: must be fp32, bf16 or fp8")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size!r}: must be at least 1")
 
@@ -107,6 +108,8 @@ class Trainer:
             raise ValueError(
                 f"vocab_size={model.config.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} tokens"
             )
+        if recipe.precision == "fp8":
+            convert_to_fp8(model)
         self.model, self.data, self.recipe = model, data, recipe
         self.schedule = Schedule(recipe.steps, recipe.warmup_steps)
         self.optimizers = make_optimizers(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)

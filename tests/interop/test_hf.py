@@ -265,6 +265,21 @@ def test_fp8_weights_are_dequantised(tmp_path, block):
     assert_same(load_pretrained(tmp_path / "fp8", **half), load_pretrained(tmp_path / "float", **half))
 
 
+def test_an_export_in_fp8_is_what_the_release_is(tmp_path):
+    """Equal, number by number, to a plain export that an independent loop over the blocks has turned into FP8."""
+    model = make_model(hidden_size=136, intermediate_size=520, moe_intermediate_size=24, kv_lora_rank=256)
+    save_pretrained(model, tmp_path / "plain")
+    quantize_folder(tmp_path / "plain", (128, 128))
+    save_pretrained(model, tmp_path / "fp8", fp8=True)
+    ours, wanted = (load_file(tmp_path / folder / "model.safetensors") for folder in ("fp8", "plain"))
+    assert ours.keys() == wanted.keys()
+    assert all(ours[name].dtype == wanted[name].dtype for name in ours)
+    assert all(torch.equal(ours[name].float(), wanted[name].float()) for name in ours)
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert config["quantization_config"] == RELEASED_V3["quantization_config"]
+    assert_same(load_pretrained(tmp_path / "fp8"), load_pretrained(tmp_path / "plain"))
+
+
 # Folders that are not what they should be.
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import signal
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from training.helpers import RECIPE, counting_data, nano
 
 from minids.data.batches import Batch
+from minids.model.fp8_linear import Fp8Experts, Fp8Linear
+from minids.run import load_run
 from minids.training import loop
 from minids.training.checkpoint import latest_checkpoint
 from minids.training.loop import Diverged, Recipe, Trainer, train
@@ -127,12 +130,24 @@ def test_a_loss_far_worse_than_guessing_is_an_explosion():
     assert torch.equal(before, trainer.model.head.weight)
 
 
-def test_bfloat16_trains_close_to_float32():
-    half = train(nano(), counting_data(), dataclasses.replace(RECIPE, precision="bf16"), progress=False)
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_fewer_bits_train_close_to_float32(precision):
+    fewer = train(nano(), counting_data(), dataclasses.replace(RECIPE, precision=precision), progress=False)
     torch.manual_seed(0)
     full = train(nano(), counting_data(), RECIPE, progress=False)
-    assert half[-1]["loss"] == pytest.approx(full[-1]["loss"], rel=0.02)
-    assert [m["loss"] for m in half] != [m["loss"] for m in full]
+    assert fewer[-1]["loss"] == pytest.approx(full[-1]["loss"], rel=0.02)
+    assert [m["loss"] for m in fewer] != [m["loss"] for m in full]
+
+
+def test_fp8_resumes_undisturbed_and_is_loaded_as_fp8(tmp_path):
+    recipe, data = dataclasses.replace(RECIPE, precision="fp8", checkpoint_every=5), counting_data()
+    undisturbed = train(nano(), data, recipe, directory=tmp_path / "a", progress=False)
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / f"step-{recipe.steps:08d}")
+    resumed = train(nano(), data, recipe, directory=tmp_path / "a", resume=True, progress=False)
+    assert figures(resumed) == figures(undisturbed[-len(resumed) :]) and 0 < len(resumed) < recipe.steps
+    data.tokenizer.save(tmp_path / "a")
+    model, _ = load_run(tmp_path / "a")
+    assert {type(layer) for layer in model.modules()} >= {Fp8Linear, Fp8Experts}
 
 
 def test_a_resume_with_other_settings_is_refused(tmp_path):
