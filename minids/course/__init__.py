@@ -5,8 +5,10 @@ import textwrap
 
 import torch
 from IPython import get_ipython
-from IPython.core.pylabtools import select_figure_formats
 from IPython.display import Markdown
+from matplotlib.figure import Figure
+
+from minids.course import plots
 
 
 def start(minutes: float, gigabytes: float = 1) -> None:
@@ -19,7 +21,7 @@ def start(minutes: float, gigabytes: float = 1) -> None:
     torch.set_printoptions(precision=2, sci_mode=False)
     shell = get_ipython()
     if shell is not None:
-        select_figure_formats(shell, {"png"}, dpi=90)
+        shell.display_formatter.formatters["image/png"].for_type(Figure, plots.png)
     unit = "minute" if minutes == 1 else "minutes"
     print(f"Needs about {minutes:g} {unit} on two CPU cores and {gigabytes:g} GB of memory.")
 

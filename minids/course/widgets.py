@@ -6,12 +6,13 @@ that it can, a page without a kernel the PNG, and the test of stored outputs com
 
 import base64
 import html
-import io
 from collections.abc import Callable
 from typing import Any
 
 import ipywidgets
 from matplotlib.figure import Figure
+
+from minids.course import plots
 
 Range = tuple[float, float, float]
 
@@ -45,9 +46,7 @@ class Explorer:
         return self._image.value
 
     def _redraw(self) -> None:
-        png = io.BytesIO()
-        self.draw(**self.values).savefig(png, format="png", dpi=90)
-        self._image.value = png.getvalue()
+        self._image.value = plots.png(self.draw(**self.values))
 
     def _moved(self, _change: object) -> None:
         self._complaint.value = ""
