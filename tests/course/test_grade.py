@@ -7,14 +7,14 @@ from xml.etree import ElementTree
 
 import nbformat
 import pytest
-from notebooks import EXERCISES, SOLUTIONS
+from notebooks import EXERCISES, SOLUTIONS, chapter_number
 
 from minids.course import grade as grading
 from minids.course.checks import exercises
 from minids.course.grade import Limits, as_text, grade, write_csv, write_junit
 from minids.course.notebooks import ROOT, read
 
-ASKED = exercises(1)
+ASKED = exercises(chapter_number(SOLUTIONS[0]))
 POINTS = sum(exercise.points for exercise in ASKED)
 FILE = SOLUTIONS[0].name
 
