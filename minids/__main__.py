@@ -215,6 +215,9 @@ def grade_command(
         junit: Write the table here too, as JUnit XML.
         seconds: Time that one notebook may take; the checks of each exercise may take as long again.
     """
+    for path in filter(None, (csv, junit)):
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}")
     print("minids: this runs the students' code as you, on this machine, with limits on time and memory only; ", end="")
     print("notebooks from people you do not trust belong in a container or an account of their own", flush=True)
     grades = grade.grade(submissions, grade.Limits(seconds=seconds))

@@ -222,7 +222,7 @@ class Kernel:
 def as_text(grades: Iterable[Grade]) -> Iterator[str]:
     """A table for the screen, and each student's sum."""
     grades = list(grades)
-    width = max(len(grade.student) for grade in grades) + 2
+    width = max(len("student"), *(len(grade.student) for grade in grades)) + 2
     yield f"{'student':{width}}{'exercise':26}{'points':>8}  first thing to mend"
     for student in dict.fromkeys(grade.student for grade in grades):
         own = [grade for grade in grades if grade.student == student]

@@ -165,6 +165,12 @@ def test_nothing_to_grade_is_said_in_a_line(tmp_path, make, words):
     assert finished.returncode == 2 and words in finished.stderr and finished.stderr.count("\n") == 1
 
 
+def test_a_table_that_could_not_be_written_is_refused_before_the_work(tmp_path):
+    command = [sys.executable, "-m", "minids", "grade", str(tmp_path), "--csv", str(tmp_path / "no" / "table.csv")]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 2 and "there is no folder" in finished.stderr
+
+
 @pytest.mark.parametrize("limits", [{"seconds": 0}, {"seconds": -1}, {"memory": 0}])
 def test_a_limit_must_be_positive(limits):
     with pytest.raises(ValueError, match="must be positive"):
