@@ -110,8 +110,8 @@ class Bug:
 class SpotTheBug:
     """An exercise that asks for a test, the function `name`, called with one implementation at a time.
 
-    The test returns for `right` and raises `AssertionError` for each of the `bugs`; each bug it rejects is one point,
-    but a test that rejects `right` earns none.
+    The test returns for `right` and raises for each of the `bugs`: `AssertionError`, or what the bug makes it run into.
+    Each bug it rejects is one point, but a test that rejects `right` earns none.
     """
 
     id: str
