@@ -171,7 +171,7 @@ def _eight_steps(half: int, k: int, micro_batches: int) -> list[str]:
     """The program of the k-th of `half` ranks between an end and the middle; `micro_batches` enter at each end."""
     main = (micro_batches - 2 * half + k + 1) * ["F0B1 F1B0"]
     if k == half - 1:
-        main[0] = "F0 B1 F1B0"  # all other ranks wait for the first gradient of the middle, so it comes unpaired
+        main[0] = "F0 B1 F1B0"  # the published order leaves the first pair of the middle ranks apart
     full, halved = (["B1", "B0"] * (k + 1))[: k + 1], (["I1", "I0"] * (k + 1))[k + 1 :]
     return (
         2 * (half - k - 1) * ["F0"]  # 1

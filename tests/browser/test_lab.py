@@ -118,7 +118,7 @@ def test_a_chapter_runs_and_its_widget_answers(tmp_path):
     chapter = shutil.copy(ROOT / "chapters" / "02_mla.ipynb", tmp_path / "chapters")
     cells = nbformat.read(chapter, as_version=4).cells
     meant_to_fail = sum("raises-exception" in cell.metadata.get("tags", []) for cell in cells)
-    with lab(tmp_path) as address, open_page(address("chapters/02_mla.ipynb"), minutes=5) as page:
+    with lab(tmp_path) as address, open_page(address("chapters/02_mla.ipynb"), minutes=10) as page:
         run_all_cells(page)
         assert len(errors(page)) == meant_to_fail
         before, after = move_first_slider(page)
