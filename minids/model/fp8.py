@@ -79,6 +79,28 @@ def dequantize(
     return _untiled(tiles * rearrange(scale.float(), "... R C -> ... R 1 C 1"), *q.shape[-2:])
 
 
+class Rounded(NamedTuple):
+    """A matrix in FP8 with its scales and the tile that shares one: an operand of a layer's product."""
+
+    q: Float[Tensor, "... rows cols"]
+    scale: Float32[Tensor, "... row_tiles col_tiles"]
+    tile: Tile
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "... rows cols"], tile: Tile, **options) -> "Rounded":
+        """`x` rounded as `quantize` does."""
+        return cls(*quantize(x, tile, **options), tile)
+
+    @property
+    def mT(self) -> "Rounded":  # noqa: N802 - torch's name
+        """The transpose, nothing rounded anew."""
+        return Rounded(self.q.mT, self.scale.mT, self.tile[::-1])
+
+    def values(self) -> Float32[Tensor, "... rows cols"]:
+        """The numbers times their scales."""
+        return dequantize(*self)
+
+
 def _tiled(x: Shaped[Tensor, "... rows cols"], tile: Tile) -> Shaped[Tensor, "... R r C c"]:
     """`x` cut into tiles, with zeros to fill the last ones."""
     if any(size is not None and size < 1 for size in tile):

@@ -5,7 +5,8 @@ Notable choices:
 - parameters stay what and where they were, in float32: only the layer around them changes, so optimizers, checkpoints
   and exports notice nothing, and gradients add up in float32;
 - what waits for the backward pass is the 8-bit tensors themselves, not what they were made of;
-- the rounded operands are multiplied in float32 on every device (`fp8.gemm` bounds what a tensor core adds to that).
+- the rounded operands are multiplied on the tensor cores of a Hopper GPU and elsewhere in float32 (`fp8.gemm` bounds
+  the difference); `MiniDS.precision_report` says which.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minids.config import ModelConfig
-from minids.model.fp8 import Tile, dequantize, quantize
+from minids.model import fp8_cuda
+from minids.model.fp8 import Rounded, Tile
 from minids.model.moe import Experts
 from minids.model.transformer import MiniDS
 
@@ -50,43 +52,43 @@ class _Fp8Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, load, casting):
-        weight = quantize(weight, BLOCK)
-        rounded = cached = quantize(x, ALONG_CHANNELS, power_of_two=casting.power_of_two)
+        weight = Rounded.of(weight, BLOCK)
+        rounded = cached = Rounded.of(x, ALONG_CHANNELS, power_of_two=casting.power_of_two)
         if casting.cached_as != "e4m3":
-            cached = quantize(x, ALONG_CHANNELS, format=casting.cached_as, power_of_two=casting.power_of_two)
-        ctx.save_for_backward(*cached, *weight)
+            cached = Rounded.of(x, ALONG_CHANNELS, format=casting.cached_as, power_of_two=casting.power_of_two)
+        ctx.save_for_backward(cached.q, cached.scale, weight.q, weight.scale)
         ctx.load, ctx.casting = load, casting
-        return _multiply(dequantize(*rounded, ALONG_CHANNELS), dequantize(*weight, BLOCK), load).to(x.dtype)
+        return _multiply(rounded, weight, load).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, x_scale, weight, weight_scale = ctx.saved_tensors
+        x = Rounded(*ctx.saved_tensors[:2], ALONG_CHANNELS)
+        weight = Rounded(*ctx.saved_tensors[2:], BLOCK)
         load, casting = ctx.load, ctx.casting
         grad_x = grad_weight = None
         if sent := casting.gradient_sent_in_fp8:
-            grad = _rounded(grad, ALONG_CHANNELS, power_of_two=True)
+            grad = Rounded.of(grad, ALONG_CHANNELS, power_of_two=True).values()
         if ctx.needs_input_grad[0]:
-            rounded = _rounded(grad, casting.gradient_tile, power_of_two=sent)  # a second time changes nothing
-            grad_x = _multiply(rounded, dequantize(weight, weight_scale, BLOCK).mT, load)
+            rounded = Rounded.of(grad, casting.gradient_tile, power_of_two=sent)  # a second time changes nothing
+            grad_x = _multiply(rounded, weight.mT, load)
         if ctx.needs_input_grad[1]:
-            x = dequantize(x, x_scale, ALONG_CHANNELS)
+            x = x.values()
             if load is not None:
                 slot, load = _begin_on_tiles(load)
                 x, grad = (t.new_zeros(int(load.sum()), t.shape[1]).index_copy(0, slot, t) for t in (x, grad))
-            x = _rounded(x, ALONG_TOKENS, power_of_two=casting.power_of_two)
-            grad = _rounded(grad, ALONG_TOKENS, power_of_two=sent)
+            x = Rounded.of(x, ALONG_TOKENS, power_of_two=casting.power_of_two)
+            grad = Rounded.of(grad, ALONG_TOKENS, power_of_two=sent)
             grad_weight = _multiply(x.mT, grad, load)
         return grad_x, grad_weight, None, None
 
 
-def _rounded(x: Float[Tensor, "rows cols"], tile: Tile, power_of_two: bool) -> Float[Tensor, "rows cols"]:
-    return dequantize(*quantize(x, tile, power_of_two=power_of_two), tile)
-
-
-def _multiply(a: Float[Tensor, "..."], b: Float[Tensor, "..."], load: Int[Tensor, "experts"] | None):
-    """In float32 under autocast too: bfloat16 does not hold an E4M3 number times its scale."""
-    with torch.autocast(a.device.type, enabled=False):
+def _multiply(a: Rounded, b: Rounded, load: Int[Tensor, "experts"] | None) -> Float[Tensor, "..."]:
+    """On tensor cores where there are such; else in float32, under autocast too: bfloat16 cannot hold the operands."""
+    if fp8_cuda.runs_on_tensor_cores(a.q.device, a.tile, b.tile):
+        return fp8_cuda.multiply(a, b) if load is None else fp8_cuda.multiply_grouped(a, b, load)
+    with torch.autocast(a.q.device.type, enabled=False):
+        a, b = a.values(), b.values()
         return a @ b if load is None else F.grouped_mm(a, b, offs=load.cumsum(0).to(torch.int32))
 
 
@@ -109,6 +111,11 @@ class Fp8Linear(nn.Linear):
             raise ValueError("a bias is not supported")
         self.weight, self.casting = _master(linear.weight), casting
 
+    @property
+    def computes_in(self) -> str:
+        """For `MiniDS.precision_report`."""
+        return _path(self.weight.device, self.casting.gradient_tile)
+
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         out = _Fp8Matmul.apply(x.reshape(-1, self.in_features), self.weight.T, None, self.casting)
         return out.view(*x.shape[:-1], self.out_features)
@@ -125,14 +132,16 @@ class Fp8Experts(Experts):
         self.dispatched = replace(DISPATCHED, gradient_tile=gradient_tile)
         self.combined = replace(COMBINED, gradient_tile=gradient_tile)
 
-    def by_expert(self, x, experts, weights, load) -> Float[Tensor, "tokens dim"]:
-        order = experts.flatten().argsort(stable=True)
-        rows = x.index_select(0, order // experts.shape[1])
-        gate = _Fp8Matmul.apply(rows, self.gate_proj, load, self.dispatched)
-        up = _Fp8Matmul.apply(rows, self.up_proj, load, self.dispatched)
-        inner = _Fp8SwiGLU.apply(gate, up, weights.flatten().index_select(0, order)[:, None])
-        out = _Fp8Matmul.apply(inner, self.down_proj, load, self.combined)
-        return out.index_select(0, order.argsort()).view(*experts.shape, -1).sum(1)
+    @property
+    def computes_in(self) -> str:
+        """For `MiniDS.precision_report`."""
+        return _path(self.up_proj.device, self.dispatched.gradient_tile)
+
+    def multiply(self, rows, weights, load) -> Float[Tensor, "rows dim"]:
+        gate, up, down = self.matrices()
+        gate = _Fp8Matmul.apply(rows, gate, load, self.dispatched)
+        up = _Fp8Matmul.apply(rows, up, load, self.dispatched)
+        return _Fp8Matmul.apply(_Fp8SwiGLU.apply(gate, up, weights), down, load, self.combined)
 
     def by_token(self, x, experts, weights) -> Float[Tensor, "tokens dim"]:
         """The same for few tokens: what the layer computes must not depend on how many there are."""
@@ -145,14 +154,15 @@ class _Fp8SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up, weight):
-        ctx.save_for_backward(*quantize(gate, ALONG_CHANNELS), *quantize(up, ALONG_CHANNELS), weight)
+        gate8, up8 = Rounded.of(gate, ALONG_CHANNELS), Rounded.of(up, ALONG_CHANNELS)
+        ctx.save_for_backward(gate8.q, gate8.scale, up8.q, up8.scale, weight)
         return F.silu(gate) * up * weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         *cached, weight = ctx.saved_tensors
-        gate, up = dequantize(*cached[:2], ALONG_CHANNELS), dequantize(*cached[2:], ALONG_CHANNELS)
+        gate, up = (Rounded(*pair, ALONG_CHANNELS).values() for pair in (cached[:2], cached[2:]))
         with torch.enable_grad():
             inputs = [tensor.to(grad.dtype).detach().requires_grad_() for tensor in (gate, up, weight)]
             return torch.autograd.grad(F.silu(inputs[0]) * inputs[1] * inputs[2], inputs, grad)
@@ -198,12 +208,14 @@ def convert_from_fp8(model: MiniDS) -> None:
         model.set_submodule(name, plain)
 
 
+def _path(device: torch.device, gradient_tile: Tile) -> str:
+    products = "emulated in float32"
+    if fp8_cuda.runs_on_tensor_cores(device, ALONG_CHANNELS, BLOCK):
+        products = "on tensor cores"
+        if not fp8_cuda.runs_on_tensor_cores(device, gradient_tile, BLOCK):
+            products += " but for the input gradient"
+    return f"E4M3, {products}"
+
+
 def precision_report(model: MiniDS) -> dict[str, str]:
-    """In what every layer with parameters of its own computes, by the layer's name."""
-    report = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Fp8Linear | Fp8Experts):
-            report[name] = "E4M3, emulated in float32"
-        elif own := list(module.parameters(recurse=False)):
-            report[name] = str(own[0].dtype).removeprefix("torch.")
-    return report
+    return model.precision_report()

@@ -219,6 +219,15 @@ class MiniDS(nn.Module):
         routed = sum(p.numel() for m in self.layers.modules() if isinstance(m, Experts) for p in m.parameters())
         return self.num_parameters() - routed + routed * self.config.num_experts_per_tok // self.config.n_routed_experts
 
+    def precision_report(self) -> dict[str, str]:
+        """In what every layer with parameters of its own computes, by the layer's name."""
+        owners = ((name, module, next(module.parameters(recurse=False), None)) for name, module in self.named_modules())
+        return {
+            name: getattr(module, "computes_in", str(own.dtype).removeprefix("torch."))
+            for name, module, own in owners
+            if own is not None
+        }
+
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw all weights from normal distributions.

@@ -54,6 +54,8 @@ class Recipe:
     learning_rate: float = 6e-3
     warmup_steps: int = 30
     optimizer: Literal["adamw", "muon"] = "adamw"
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """In what AdamW's moments rest; V3's rest in bf16."""
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     mtp_weight: float = 0.3
@@ -76,6 +78,8 @@ class Recipe:
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be a finite number above 0")
+        if self.moments not in ("fp32", "bf16"):
+            raise ValueError(f"moments={self.moments!r}: must be fp32 or bf16")
         if self.precision not in ("fp32", "bf16", "fp8"):
             raise ValueError(f"precision={self.precision!r}: must be fp32, bf16 or fp8")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
@@ -112,7 +116,9 @@ class Trainer:
             convert_to_fp8(model)
         self.model, self.data, self.recipe = model, data, recipe
         self.schedule = Schedule(recipe.steps, recipe.warmup_steps)
-        self.optimizers = make_optimizers(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay)
+        self.optimizers = make_optimizers(
+            model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.moments
+        )
         self.stream = BatchStream(
             data.train, batch_size=recipe.batch_size, seq_len=recipe.seq_len, seed=recipe.seed
         )

@@ -55,3 +55,43 @@ def test_learning_rate_reaches_every_group():
 def test_unknown_optimizers_are_refused():
     with pytest.raises(ValueError, match="optimizer='sgd': must be adamw or muon"):
         make_optimizers(nano(), "sgd", 1e-3, 0.1)
+
+
+def adamw_by_definition(weight, grads, lr, decay, rounded, betas=(0.9, 0.95), eps=1e-8):
+    """Float64 throughout, but for the rounding of the moments after every step."""
+    weight, m, v = weight.double(), torch.zeros(()).double(), torch.zeros(()).double()
+    for t, g in enumerate(grads, start=1):
+        m, v = betas[0] * m + (1 - betas[0]) * g.double(), betas[1] * v + (1 - betas[1]) * g.double() ** 2
+        update = (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+        weight = (1 - lr * decay) * weight - lr * update
+        if rounded:
+            m, v = m.bfloat16().double(), v.bfloat16().double()
+    return weight
+
+
+def after_steps(weight, grads, **options):
+    """The head after AdamW's steps as `make_optimizers` builds it, and its state; no other parameter has a gradient."""
+    model = nano()
+    head = model.head.weight
+    head.data.copy_(weight)
+    (optimizer,) = make_optimizers(model, "adamw", 0.01, 0.1, **options)
+    for g in grads:
+        head.grad = g.clone()
+        optimizer.step()
+    return head.detach(), optimizer.state[head]
+
+
+def test_bf16_moments_are_adamw_with_rounded_memory():
+    weight = torch.randn_like(nano().head.weight)
+    grads = [torch.randn_like(weight) * 10.0**-i for i in range(6)]
+    got, state = after_steps(weight, grads, moments="bf16")
+    torch.testing.assert_close(got, adamw_by_definition(weight, grads, 0.01, 0.1, rounded=True).float())
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+    exact = adamw_by_definition(weight, grads, 0.01, 0.1, rounded=False).float()
+    assert not torch.equal(got, exact)
+    torch.testing.assert_close(after_steps(weight, grads)[0], exact)
+
+
+def test_unknown_moments_are_refused():
+    with pytest.raises(ValueError, match="moments='fp8': must be fp32 or bf16"):
+        make_optimizers(nano(), "adamw", 1e-3, 0.1, "fp8")

@@ -1,0 +1,71 @@
+"""Products of FP8 operands on the tensor cores of a Hopper GPU, through PyTorch's scaled matmul and so cuBLAS.
+
+Notable choices:
+- the library has exactly V3's three products: tiles of 128 along k times blocks of 128 by 128, or times tiles of 128;
+- it wants sizes that are multiples of 16 and scales in columns; what is missing at the edges is filled with zeros;
+- experts are multiplied one after the other: a grouped product with such scales does not exist in the library.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float32, Int, Shaped
+from torch import Tensor
+
+from minids.model.fp8 import Rounded
+
+RECIPES = {(128, 128): F.ScalingType.BlockWise128x128, (128, 1): F.ScalingType.BlockWise1x128}
+
+
+def runs_on_tensor_cores(device: torch.device, a_tile: tuple, b_tile: tuple) -> bool:
+    """Whether `multiply` has a kernel: compute capability 9, and operands tiled as V3 does."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    return a_tile == (1, 128) and b_tile in RECIPES
+
+
+def multiply(a: Rounded, b: Rounded) -> Float32[Tensor, "m n"]:
+    """a [m, k] times b [k, n] in E4M3, sums promoted to float32 along k by the library (V3 section 3.3.2)."""
+    (m, k), n = a.q.shape, b.q.shape[1]
+    if 0 in (m, k, n):
+        return torch.zeros(m, n, device=a.q.device)
+    a_scale = F.pad(a.scale, (0, 0, 0, -m % 16), value=1.0)
+    if b.tile == (128, 128):
+        b_scale = F.pad(b.scale, (0, 0, 0, -len(b.scale) % 4), value=1.0)
+    else:
+        b_scale = F.pad(b.scale, (0, -n % 16), value=1.0).mT
+    out = F.scaled_mm(
+        _filled(a.q, 16, 128).contiguous(),
+        _in_columns(_filled(b.q, 128, 16)),
+        _in_columns(a_scale),
+        F.ScalingType.BlockWise1x128,
+        _in_columns(b_scale),
+        RECIPES[b.tile],
+        output_dtype=torch.float32,
+    )
+    return out[:m, :n]
+
+
+def multiply_grouped(a: Rounded, b: Rounded, load: Int[Tensor, "experts"]) -> Float32[Tensor, "..."]:
+    """As `F.grouped_mm`: a [rows, k] with b [experts, k, n]; or over the rows, a [m, rows] with b [rows, n].
+
+    In the second form each expert's rows must fill whole tiles.
+    """
+    rows = load.tolist()
+    if b.q.ndim == 3:
+        parts = zip(a.q.split(rows), a.scale.split(rows), b.q, b.scale, strict=True)
+    else:
+        tiles = [count // 128 for count in rows]
+        parts = zip(a.q.split(rows, 1), a.scale.split(tiles, 1), b.q.split(rows), b.scale.split(tiles), strict=True)
+    products = [multiply(Rounded(*part[:2], a.tile), Rounded(*part[2:], b.tile)) for part in parts]
+    return torch.cat(products) if b.q.ndim == 3 else torch.stack(products)
+
+
+def _filled(q: Shaped[Tensor, "rows cols"], rows: int, cols: int) -> Shaped[Tensor, "_ _"]:
+    """With zeros up to multiples of `rows` and `cols`; as bytes, since float8 knows no padding."""
+    below, right = -q.shape[0] % rows, -q.shape[1] % cols
+    return F.pad(q.view(torch.uint8), (0, right, 0, below)).view(q.dtype) if below or right else q
+
+
+def _in_columns(x: Shaped[Tensor, "rows cols"]) -> Shaped[Tensor, "rows cols"]:
+    """The same values, column after column in memory."""
+    return x.mT.contiguous().mT
