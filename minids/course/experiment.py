@@ -1,12 +1,18 @@
 """Experiments with a control, small enough for a chapter: the same text, the same budget, a few seeds."""
 
 import functools
+import json
+import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from minids.config import ModelConfig
+from minids.files import write_text_whole
 from minids.model.transformer import MiniDS
 from minids.run import Run, read_text
 from minids.training.loop import Metrics, Recipe, TextData, Trainer
@@ -52,3 +58,24 @@ def trials(
         print(f"training {name} with seeds {', '.join(map(str, seeds))} ...", flush=True)
         outcome[name] = [trial(config, data, replace(recipe, seed=seed)) for seed in seeds]
     return outcome
+
+
+def record(path: Path, **figures: Any) -> None:
+    """Write the figures of a long run as JSON, with the command line that made them and the versions that it ran on.
+
+    Floats keep five significant digits: people read the file too.
+    """
+    found = {
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    write_text_whole(path, json.dumps(_rounded(found | figures), indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
