@@ -212,6 +212,13 @@ def zero_bytes_per_gpu(
     return {k: count * size / (gpus if stage >= first else 1) for k, (size, first) in bytes_and_stage.items()}
 
 
+BUBBLES: dict[Schedule, Callable[..., float]] = {  # V3 Table 2
+    "one_f_one_b": lambda stages, F, B, W, FB: (stages - 1) * (F + B),
+    "zb1p": lambda stages, F, B, W, FB: (stages - 1) * (F + B - 2 * W),
+    "dualpipe": lambda stages, F, B, W, FB: (stages / 2 - 1) * (FB + B - 3 * W),
+}
+
+
 @formula
 def pipeline_bubble(schedule: Schedule, stages: int, F: float = 1, B: float = 2, W: float = 1, FB: float = 3) -> float:
     """Idle time of a rank in each step, in the unit of the times given (V3 Table 2; DualPipeV's is DualPipe's).
@@ -220,11 +227,7 @@ def pipeline_bubble(schedule: Schedule, stages: int, F: float = 1, B: float = 2,
     """
     require(W < B, "W", W, f"must be less than the backward B={B} that it is a part of")
     require(schedule != "dualpipe" or stages % 2 == 0, "stages", stages, "must be even for dualpipe")
-    bubble = {
-        "one_f_one_b": (stages - 1) * (F + B),
-        "zb1p": (stages - 1) * (F + B - 2 * W),
-        "dualpipe": (stages / 2 - 1) * (FB + B - 3 * W),
-    }[schedule]
+    bubble = BUBBLES[schedule](stages, F, B, W, FB)
     require(bubble >= 0, "W", W, "is so long that the bubble would be negative")
     return bubble
 

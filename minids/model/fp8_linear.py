@@ -215,7 +215,3 @@ def _path(device: torch.device, gradient_tile: Tile) -> str:
         if not fp8_cuda.runs_on_tensor_cores(device, gradient_tile, BLOCK):
             products += " but for the input gradient"
     return f"E4M3, {products}"
-
-
-def precision_report(model: MiniDS) -> dict[str, str]:
-    return model.precision_report()

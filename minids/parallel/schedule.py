@@ -9,11 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from json import dumps
+from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from minids.parallel.timeline import Action, Pair, Route, Schedule, Span, Stop, Timeline
+from minids.cost import BUBBLES
+from minids.parallel.timeline import Action, Pair, Route, Schedule, Stop, Timeline, draw, gantt
 from minids.parallel.timeline import ScheduleError as ScheduleError  # who makes schedules finds their error here
 
 
@@ -214,15 +216,10 @@ def bubble_formula(schedule: Schedule, F: float = 1, B: float = 2, W: float = 1,
     GPipe and interleaved 1F1B wait as 1F1B does. ZB1P's order keeps to its formula where W is at most F and at most
     B - W, DualPipe's where F = W = B / 2, whatever FB is; elsewhere they do better or worse.
     """
-    others = len(schedule.actions) - 1
-    return {
-        "gpipe": others * (F + B),
-        "one_f_one_b": others * (F + B),
-        "interleaved_one_f_one_b": others * (F + B),
-        "zb1p": others * (F + B - 2 * W),
-        "dualpipe": (schedule.stages / 2 - 1) * (FB + B - 3 * W),
-        "dualpipev": (schedule.stages / 2 - 1) * (FB + B - 3 * W),
-    }.get(schedule.name)
+    waits_as = {"gpipe": "one_f_one_b", "interleaved_one_f_one_b": "one_f_one_b", "dualpipev": "dualpipe"}
+    name = waits_as.get(schedule.name, schedule.name)
+    stages = schedule.stages if name == "dualpipe" else len(schedule.actions)
+    return BUBBLES[name](stages, F, B, W, FB) if name in BUBBLES else None
 
 
 def compare(
@@ -250,29 +247,6 @@ def compare(
     return rows
 
 
-def gantt(timeline: Timeline, width: int = 160) -> str:
-    """One line of text per rank: kind and micro-batch of every action, as wide as it is long; dots are bubbles.
-
-    Direction 1 is in lower case. Where `width` leaves no room for the number, the kind stands alone.
-    """
-
-    def label(span: Span) -> str:
-        texts = ((f"{part.kind}{part.micro_batch}", part.direction) for part in span.action.parts)
-        return "".join(text.lower() if direction else text for text, direction in texts)
-
-    wanted = max(len(label(s)) / (s.end - s.start) for spans in timeline.spans for s in spans if s.end > s.start)
-    scale = min(wanted, width / timeline.makespan)
-    lines = []
-    for rank, spans in enumerate(timeline.spans):
-        line = ""
-        for span in spans:
-            start, end = round(span.start * scale), round(span.end * scale)
-            text = label(span) if len(label(span)) <= end - start else re.sub(r"\d", "", label(span))
-            line = line.ljust(start, ".") + text[: end - start].ljust(end - start, "-")
-        lines.append(f"rank {rank:<3}" + line.ljust(round(timeline.makespan * scale), "."))
-    return "\n".join(lines)
-
-
 def schedule_command(
     name: tyro.conf.Positional[Literal[*SCHEDULES]] = "dualpipe",
     ranks: int = 8,
@@ -284,6 +258,7 @@ def schedule_command(
     transfer: float = 0,
     all: bool = False,
     json: bool = False,
+    png: Path | None = None,
 ) -> None:
     """Check and simulate a pipeline schedule; print who does what when, and what it costs beside others.
 
@@ -298,11 +273,16 @@ def schedule_command(
         transfer: Time from one rank to another.
         all: Compare with every schedule that takes this size, not only with 1F1B and ZB1P.
         json: Print actions and simulation as JSON.
+        png: Write a picture of it here too.
     """
     schedule = SCHEDULES[name](ranks, micro_batches)
     schedule.check()
     costs = dict(F=F, B=B, W=W, FB=FB, transfer=transfer)
     timeline = schedule.simulate(**costs)
+    if png is not None:
+        title = f"{name}: {ranks} ranks, {micro_batches} micro-batches"
+        figure = draw(timeline, title, f"forward = {F:g}", size=(14, 1.2 + 0.45 * ranks))
+        figure.savefig(png, format="png", dpi=120)
     compared, refused = [], []
     for other in SCHEDULES if all else dict.fromkeys((name, "one_f_one_b", "zb1p")):
         try:

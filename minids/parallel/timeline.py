@@ -9,11 +9,15 @@ Notable choices:
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 
 class ScheduleError(ValueError):
@@ -277,3 +281,69 @@ def check_times(**times: float) -> None:
     for name, time in times.items():
         if not 0 <= time < math.inf:
             raise ValueError(f"{name}={time}: must be a finite number of at least 0")
+
+
+def gantt(timeline: Timeline, width: int = 160) -> str:
+    """One line of text per rank: kind and micro-batch of every action, as wide as it is long; dots are bubbles.
+
+    Direction 1 is in lower case. Where `width` leaves no room for the number, the kind stands alone.
+    """
+
+    def label(span: Span) -> str:
+        texts = ((f"{part.kind}{part.micro_batch}", part.direction) for part in span.action.parts)
+        return "".join(text.lower() if direction else text for text, direction in texts)
+
+    wanted = max(len(label(s)) / (s.end - s.start) for spans in timeline.spans for s in spans if s.end > s.start)
+    scale = min(wanted, width / timeline.makespan)
+    lines = []
+    for rank, spans in enumerate(timeline.spans):
+        line = ""
+        for span in spans:
+            start, end = round(span.start * scale), round(span.end * scale)
+            text = label(span) if len(label(span)) <= end - start else re.sub(r"\d", "", label(span))
+            line = line.ljust(start, ".") + text[: end - start].ljust(end - start, "-")
+        lines.append(f"rank {rank:<3}" + line.ljust(round(timeline.makespan * scale), "."))
+    return "\n".join(lines)
+
+
+LOOKS = {  # in words; light for direction 0, dark for direction 1; a hatch that tells the kinds apart in grey
+    "F": ("F forward", "#a9d8f5", "#00558c", ""),
+    "B": ("B backward", "#f6b393", "#9c3f00", 3 * "\\"),
+    "I": ("I input half", "#fbd995", "#8a5a00", "///"),
+    "W": ("W weight half", "#9fdcc6", "#005f45", "..."),
+}
+
+
+def draw(
+    timeline: Timeline,
+    title: str = "",
+    unit: str = "forward = 1",
+    size: tuple[float, float] = (7, 2.4),
+    labels: bool = True,
+) -> Figure:
+    """A picture of `size` inches, a row per rank; the parts of a pair lie one above the other, direction 1 is dark.
+
+    With `labels`, bars bear kind and micro-batch where there is room.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    axes, used = figure.subplots(), set()
+    axes.set(title=title, xlabel=f"time ({unit})", ylabel="rank", yticks=range(len(timeline.spans)))
+    axes.set(xlim=(0, timeline.makespan), ylim=(len(timeline.spans) - 0.5, -0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    for rank, span in ((rank, span) for rank, spans in enumerate(timeline.spans) for span in spans):
+        length, height = span.end - span.start, 0.86 / len(span.action.parts)
+        for i, part in enumerate(span.action.parts):
+            _, *colors, hatch = LOOKS[part.kind]
+            look = dict(color=colors[part.direction], hatch=hatch, ec="white", lw=0.4, antialiased=False)
+            bar = axes.barh(rank - 0.43 + (i + 0.5) * height, length, height, span.start, **look)
+            text = f"{part.kind}{part.micro_batch}"
+            if labels and 60 * size[0] * length / timeline.makespan > 5 * len(text):  # about the widths in points
+                behind = dict(facecolor=colors[part.direction], edgecolor="none", pad=0.6)  # keeps the hatch off
+                ink = ("black", "white")[part.direction]
+                axes.bar_label(bar, [text], label_type="center", fontsize=6.5, color=ink, bbox=behind)
+            used |= {part.kind, part.direction}
+    looks = [LOOKS[kind] for kind in LOOKS if kind in used]
+    keys = [Patch(fc=color, hatch=hatch, ec="white", label=name) for name, color, _, hatch in looks]
+    keys += [Patch(fc="#404040", label="dark: direction 1")] * (1 in used)
+    figure.legend(handles=keys, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    return figure
