@@ -125,21 +125,28 @@ class Experts(nn.Module):
         return self.by_expert(rows, routing.experts.flatten(0, 1), weights.flatten(0, 1), routing.load).view_as(x)
 
     def by_expert(self, x, experts, weights, load) -> Float[Tensor, "tokens dim"]:
-        """Sort the tokens by expert, so that each expert's lie together, and multiply each run by its matrix."""
+        """Sort the tokens by expert, so that each expert's lie together, and multiply each run by its matrices."""
         order = experts.flatten().argsort(stable=True)
         rows = x.index_select(0, order // experts.shape[1])
-        inner = F.silu(grouped_matmul(rows, self.gate_proj, load)) * grouped_matmul(rows, self.up_proj, load)
-        inner = inner * weights.flatten().index_select(0, order)[:, None]
-        out = grouped_matmul(inner, self.down_proj, load)
-        return out.index_select(0, order.argsort()).view(*experts.shape, -1).sum(1)
+        out = self.multiply(rows, weights.flatten().index_select(0, order)[:, None], load)
+        return out.index_select(0, order.argsort()).unflatten(0, experts.shape).sum(1)
+
+    def multiply(self, rows, weights, load) -> Float[Tensor, "rows dim"]:
+        """The first load[0] rows through the first expert, the next load[1] through the second, and so on."""
+        gate, up, down = self.matrices()
+        inner = F.silu(grouped_matmul(rows, gate, load)) * grouped_matmul(rows, up, load)
+        return grouped_matmul(inner * weights, down, load)
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.gate_proj, self.up_proj, self.down_proj
 
     def by_token(self, x, experts, weights) -> Float[Tensor, "tokens dim"]:
         """Fetch each token's matrices: what a decoding step with fewer rows than experts does."""
         chosen, k = experts.flatten(), experts.shape[1]
-        gate, up, down = (w.index_select(0, chosen) for w in (self.gate_proj, self.up_proj, self.down_proj))
+        gate, up, down = (weight.index_select(0, chosen) for weight in self.matrices())
         rows = x[:, None].expand(-1, k, -1).reshape(-1, 1, x.shape[1])
         inner = F.silu(rows @ gate) * (rows @ up) * weights.flatten()[:, None, None]
-        return (inner @ down).view(*experts.shape, -1).sum(1)
+        return (inner @ down).squeeze(1).unflatten(0, experts.shape).sum(1)
 
 
 class MoE(nn.Module):
