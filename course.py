@@ -4,8 +4,10 @@
     python3 course.py                    open JupyterLab on the course
     python3 course.py train [options]    pre-train a small DeepSeek-V3 on this machine, about two minutes
     python3 course.py test [options]     run everything that proves the project
+    python3 course.py site [options]     make the static site of the chapters as they are stored
 
-Each sets up .venv from requirements.txt first, once. Options go to `python -m minids train` or to pytest.
+Each sets up .venv from requirements.txt first, once; the site has an environment of its own, .venv-site. Options go to
+`python -m minids train`, to pytest, or to Jupyter Book.
 """
 
 import hashlib
@@ -18,22 +20,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
-PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+SITE_ENVIRONMENT = ROOT / ".venv-site"  # Jupyter Book and JupyterLab do not agree on the versions of what both need
 
 
-def set_up() -> None:
-    """Bring .venv up to requirements.txt; does nothing when it already is."""
-    wanted = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()
-    stamp = ENVIRONMENT / "requirements.sha256"
+def python_of(environment: Path) -> Path:
+    return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def set_up(environment: Path | None = None, requirements: str = "requirements.txt") -> None:
+    """Bring an environment, by default .venv, up to its requirements; does nothing when it already is."""
+    environment = environment or ENVIRONMENT
+    wanted = hashlib.sha256((ROOT / requirements).read_bytes()).hexdigest()
+    stamp = environment / "requirements.sha256"
     if stamp.exists() and stamp.read_text() == wanted:
         return
-    print("Setting up .venv from requirements.txt: once, a few minutes ...", flush=True)
-    if subprocess.call([sys.executable, "-m", "venv", ENVIRONMENT]) != 0:
-        sys.exit("course.py: Python could not make .venv (on Debian and Ubuntu: apt install python3-venv)")
-    command = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "requirements.txt"]
-    if subprocess.call(command, cwd=ROOT) != 0:
-        sys.exit("course.py: pip could not install requirements.txt; its message stands above")
-    settings = ENVIRONMENT / "share/jupyter/lab/settings"  # JupyterLab asks about its news at the first start otherwise
+    print(f"Setting up {environment.name} from {requirements}: once, a few minutes ...", flush=True)
+    if subprocess.call([sys.executable, "-m", "venv", environment]) != 0:
+        sys.exit(f"course.py: Python could not make {environment.name} (Debian and Ubuntu: apt install python3-venv)")
+    pip = [python_of(environment), "-m", "pip"]
+    if subprocess.call([*pip, "install", "--quiet", "--disable-pip-version-check", "-r", requirements], cwd=ROOT) != 0:
+        sys.exit(f"course.py: pip could not install {requirements}; its message stands above")
+    settings = environment / "share/jupyter/lab/settings"  # JupyterLab asks about its news at the first start otherwise
     settings.mkdir(parents=True, exist_ok=True)
     notification = {"fetchNews": "false", "checkForUpdates": False}
     overrides = {"@jupyterlab/apputils-extension:notification": notification}
@@ -47,6 +54,8 @@ def command_of(task: str) -> list[str]:
         return ["minids", "train"]
     if task == "test":
         return ["pytest", "--nbval", "-n", "2", "--dist", "loadfile"]
+    if task == "site":
+        return ["docs.site.build"]
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"))
     page = f"/lab/tree/{chapters[0].relative_to(ROOT).as_posix()}" if chapters else "/lab"
     # Not `jupyter lab FILE`: that would make chapters/ the root of the file browser and hide exercises/.
@@ -60,11 +69,12 @@ def main(task: str = "lab", *options: str) -> int:
     if task in ("-h", "--help"):
         print(__doc__)
         return 0
-    if task not in ("lab", "train", "test"):
-        print(f"course.py: unknown task {task!r}: it can be train or test, or nothing at all", file=sys.stderr)
+    if task not in ("lab", "train", "test", "site"):
+        print(f"course.py: unknown task {task!r}: it can be train, test or site, or nothing at all", file=sys.stderr)
         return 2
-    set_up()
-    process = subprocess.Popen([PYTHON, "-m", *command_of(task), *options], cwd=ROOT)
+    environment = SITE_ENVIRONMENT if task == "site" else ENVIRONMENT
+    set_up(environment, "requirements-site.txt" if task == "site" else "requirements.txt")
+    process = subprocess.Popen([python_of(environment), "-m", *command_of(task), *options], cwd=ROOT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the child's to handle: it saves before it stops
     return process.wait()
 
