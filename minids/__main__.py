@@ -1,4 +1,4 @@
-"""The command line: python -m minids train | sample | export | import | bench | grade | cost | schedule.
+"""The command line: python -m minids train | sample | rl | r1 | export | import | bench | grade | cost | schedule.
 
 A user's mistake gets one line and exit status 2; an interrupted run says how to go on with it.
 """
@@ -6,6 +6,7 @@ A user's mistake gets one line and exit status 2; an interrupted run says how to
 import contextlib
 import functools
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -25,7 +26,11 @@ from minids.inference.speculative import generate_speculatively
 from minids.interop.hf import load_pretrained, save_pretrained
 from minids.model.transformer import MiniDS
 from minids.parallel import schedule
-from minids.run import RUNS, Run, free_directory, load_run, newest_run, read_metrics, read_text, save_imported
+from minids.parallel.mesh import Layout, begins, processes, published, started_by_torchrun
+from minids.parallel.trainer import ParallelTrainer
+from minids.reasoning import r1, zero
+from minids.run import RUNS, Run, begin_run, load_run, newest_run, read_metrics, read_text, save_imported
+from minids.training.checkpoint import latest_checkpoint
 from minids.training.loop import Diverged, Recipe, Trainer
 
 app = tyro.extras.SubcommandApp()
@@ -58,10 +63,11 @@ def train_command(
     max_bytes: int | None = None,
     name: str | None = None,
     resume: Path | None = None,
+    parallel: str = "",
     device: Device = "auto",
     threads: int | None = None,
 ) -> None:
-    """Pre-train a model and keep the run under runs/.
+    """Pre-train a model and keep the run under runs/; on several devices, start it with torchrun -m minids train.
 
     Args:
         preset: Size of the model: nano, tiny, small, medium, v2_lite, v2 or v3.
@@ -69,35 +75,39 @@ def train_command(
         tokenizer: bytes, bpe:SIZE (trained on the text), or the path of a saved tokenizer.
         max_bytes: Read no more than this from each source of text.
         name: Folder under runs/; by default the preset's name, with a number where that is taken.
-        resume: Folder of a run to go on with; all but device and threads is then read from there.
+        resume: Folder of a run to go on with; all but parallel, device and threads is then read from there.
+        parallel: How the processes of torchrun share the work, such as ep=2,dp=2 or pp=4,schedule=zbv.
         device: Where to train; auto takes CUDA where there is one.
         threads: CPU threads; by default torch's choice.
     """
     device = _choose(device, threads)
-    if resume is not None:
-        directory, run = resume, Run.load(resume)
-        text = read_text(run, load_tokenizer(resume))
-    else:
-        directory = RUNS / name if name else free_directory(preset)
-        if directory.exists():
-            raise ValueError(f"{directory} exists: choose another --name, or go on with --resume {directory}")
-        config = ModelConfig.preset(preset)
-        print(f"reading {', '.join(data)} ...", flush=True)
-        text = read_text(Run(config, recipe, data, max_bytes), tokenizer)
-        run = Run(config.replace(vocab_size=text.tokenizer.vocab_size), recipe, data, max_bytes)
-    torch.manual_seed(run.recipe.seed)
-    model = MiniDS(run.config).to(device)
-    trainer = Trainer(model, text, run.recipe)
-    print(f"{directory}: {model.num_parameters():,} parameters, {model.num_active_parameters():,} active; ", end="")
-    print(f"{len(text.train.tokens):,} tokens of text, {len(text.validation.tokens):,} held out", flush=True)
-    if resume is None:
-        run.save(directory)
-        text.tokenizer.save(directory)
-    try:
-        trainer.run(directory=directory, resume=resume is not None)
-    except Diverged as error:
-        raise ValueError(f"{error}; the last good checkpoint, if any, is in {directory}/checkpoints") from None
-    _report(directory, model, text.tokenizer, run.recipe)
+    with processes(device) as world:
+        layout = Layout.parse(parallel, world)
+        if resume is None:
+            layout.check(ModelConfig.preset(preset), recipe, world)
+        begun = begin_run(preset, recipe, data, tokenizer, max_bytes, name) if resume is None and begins() else None
+        directory = resume or published(begun and begun[0])
+        run = Run.load(directory)
+        text = begun[1] if begun else read_text(run, load_tokenizer(directory))
+        torch.manual_seed(run.recipe.seed)
+        if started_by_torchrun():
+            if os.environ["RANK"] == "0":
+                print(layout.plan(run.config, run.recipe, device), flush=True)
+            trainer = ParallelTrainer(MiniDS(run.config), text, run.recipe, layout, device)
+        else:
+            layout.check(run.config, run.recipe, world)
+            trainer = Trainer(MiniDS(run.config).to(device), text, run.recipe)
+        if trainer.writes_files:
+            total, active = trainer.model.num_parameters(), trainer.model.num_active_parameters()
+            print(f"{directory}: {total:,} parameters, {active:,} active; ", end="")
+            print(f"{len(text.train.tokens):,} tokens of text, {len(text.validation.tokens):,} held out", flush=True)
+        interrupted = latest_checkpoint(directory / "checkpoints") is not None  # and started again by torchrun
+        try:
+            trainer.run(directory=directory, resume=resume is not None or interrupted)
+        except Diverged as error:
+            raise ValueError(f"{error}; the last good checkpoint, if any, is in {directory}/checkpoints") from None
+    if trainer.writes_files:
+        _report(directory, run.recipe, device)
 
 
 @command("sample")
@@ -198,6 +208,8 @@ def bench_command(
 
 command("cost")(cost.cost_report)
 command("schedule")(schedule.schedule_command)
+command("rl")(zero.rl_command)
+command("r1")(r1.r1_command)
 
 
 @command("grade")
@@ -238,7 +250,7 @@ def _choose(device: str, threads: int | None) -> str:
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _report(directory: Path, model: MiniDS, tokenizer: Tokenizer, recipe: Recipe) -> None:
+def _report(directory: Path, recipe: Recipe, device: str) -> None:
     """After training: the figure, a sample, and what to do next."""
     metrics = read_metrics(directory)
     loss_curve(metrics).savefig(directory / "loss.png", dpi=120)
@@ -247,9 +259,10 @@ def _report(directory: Path, model: MiniDS, tokenizer: Tokenizer, recipe: Recipe
         print(f"    python -m minids train --resume {directory}")
         return
     print(f"\nValidation: {metrics[-1]['validation_bits_per_byte']:.3f} bits per byte. A sample:\n")
+    model, tokenizer = load_run(directory, device)
     generator = torch.Generator(model.head.weight.device).manual_seed(0)
     options = dict(max_new_tokens=300, sampling=Sampling(0.7, 0.95), generator=generator)
-    _continue(model.eval(), tokenizer, "The with statement", False, options)
+    _continue(model, tokenizer, "The with statement", False, options)
     print(f"\nKept in {directory}/: checkpoints, metrics.jsonl, loss.png. Next:")
     print(f"    python -m minids sample {directory} --prompt 'import os'")
     print(f"    python -m minids export {directory} my-model      # a folder that transformers loads")
@@ -295,7 +308,8 @@ def main() -> int:
     try:
         _parse()()
     except (ValueError, OSError) as error:
-        print(f"minids: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):  # a mistake is one on all ranks
+            print(f"minids: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("minids: interrupted", file=sys.stderr)

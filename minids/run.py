@@ -17,7 +17,7 @@ from minids.files import write_text_whole
 from minids.model.fp8_linear import convert_to_fp8
 from minids.model.transformer import MiniDS
 from minids.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from minids.training.loop import Recipe, TextData
+from minids.training.loop import Recipe, TextData, check
 
 RUNS = Path("runs")
 
@@ -77,6 +77,23 @@ def _make_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
             raise ValueError(f"tokenizer={kind!r}: the size after bpe: must be a whole number")
         return BPETokenizer.train(texts, int(size))
     return load_tokenizer(kind)
+
+
+def begin_run(
+    preset: str, recipe: Recipe, data: tuple[str, ...], tokenizer: str, max_bytes: int | None, name: str | None
+) -> tuple[Path, TextData]:
+    """Read the text and make a folder for the run. Raises `ValueError`, leaving nothing, where it could not train."""
+    directory = RUNS / name if name else free_directory(preset)
+    if directory.exists():
+        raise ValueError(f"{directory} exists: choose another --name, or go on with --resume {directory}")
+    config = ModelConfig.preset(preset)
+    print(f"reading {', '.join(data)} ...", flush=True)
+    text = read_text(Run(config, recipe, data, max_bytes), tokenizer)
+    run = Run(config.replace(vocab_size=text.tokenizer.vocab_size), recipe, data, max_bytes)
+    check(run.config, text, recipe)
+    run.save(directory)
+    text.tokenizer.save(directory)
+    return directory, text
 
 
 def load_run(directory: Path, device: str = "cpu") -> tuple[MiniDS, Tokenizer]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-ROOMS = ("model", "data", "training", "inference", "interop")  # config checks its own fields, with its own words
+ROOMS = ("model", "data", "training", "inference", "interop", "reasoning")  # config checks its fields in its own words
 install_import_hook([f"minids.{room}" for room in ROOMS], "shapes.check")
 
 

@@ -4,9 +4,11 @@ Notable choices:
 - torch's pipeline runtime does the work; `program` tells it what each rank computes, sends and receives, in order;
 - a `Stage` is a MiniDS with holes, so parameters keep their names, and what all ranks hold fits together again; the
   prediction modules live on the last stage, beside the head, as in V3;
-- a parameter that two ranks hold, in DualPipe every one, gets the sum of both gradients, so that its copies stay equal.
+- a parameter that two ranks hold, in DualPipe every one, gets the sum of both gradients, so that its copies stay equal;
+- where FSDP2 shards a stage, its weights are gathered once a step and its gradients added up over the data ranks once:
+  gathering for each pass would take weights away while a pass that is split into I and W still needs them.
 
-Not covered: sharding a stage's parameters; the times of a GPU, for the clock is the host's. Torch's runtime is private.
+Not covered: the times of a GPU, for the clock is the host's. Torch's runtime is private, and so is FSDP's reduction.
 """
 
 import tempfile
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +26,23 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from minids.config import require
-from minids.model.attention import Step
-from minids.model.layers import rotations
 from minids.model.moe import balance_loss
 from minids.model.transformer import MiniDS, Output
 from minids.parallel.timeline import Action, Pair, Schedule, Span, Stop
 
 Loss = Callable[[Output, Any], Float[Tensor, ""]]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be shared out over several."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass
@@ -55,6 +63,7 @@ class Stage(MiniDS):
     def __init__(self, model: MiniDS, stage: int, stages: int):
         nn.Module.__init__(self)
         self.config, dense = model.config, model.config.first_k_dense_replace
+        self.step = model.step
         self.is_first, self.is_last = stage == 0, stage == stages - 1
         start, end = (model.config.num_hidden_layers * i // stages for i in (stage, stage + 1))
         self.layers = nn.ModuleDict({str(i): model.layers[i] for i in range(start, end)})
@@ -79,19 +88,13 @@ class Stage(MiniDS):
             out = Output(self.logits(x), x, routings=routings)
             self._predict_further(batch.tokens, out)
             loss = batch.loss(replace(out, routings=[]), batch.target)
+            batch.total_loss += loss.detach()
         for row, routing in zip(self.rows, routings, strict=False):
             batch.loads[row] += routing.load
-            loss = loss + batch.share * balance_loss(routing, self.config)
-        batch.total_loss += loss.detach()
+            balance = batch.share * balance_loss(routing, self.config)
+            batch.total_loss += balance.detach()
+            loss = loss + balance
         return loss if self.is_last else _WithLoss.apply(x, loss)
-
-    def step(self, tokens: Int[Tensor, "batch seq"]) -> Step:
-        """That of a whole model without a cache."""
-        batch, seq = tokens.shape
-        positions = torch.arange(seq, device=tokens.device).expand(batch, seq)
-        rope_dim = next(iter(self.layers.values())).attention.rope_dim
-        rotation = rotations(self.config, positions, rope_dim, next(self.parameters()).dtype)
-        return Step(torch.arange(batch, device=tokens.device)[:, None], positions, rotation)
 
     def update_balance_bias(self, loads: Int[Tensor, "layers experts"], speed: float) -> None:
         """As in a whole model; `loads` has the rows of all its layers."""
@@ -178,10 +181,13 @@ class Pipeline:
     Every process of `group` makes one, with the same schedule and an equal `model`; `shape` is [batch, seq] of a
     micro-batch. The last stage calls `loss(output, target)`, which over all micro-batches adds up to the global batch's
     loss but for the balance loss (mean over sequences): that is added on every stage, so the output has no routings.
+    With `replicas`, as many pipelines, each in a group of its own, share the global batch and its loss evenly.
     Raises `ValueError` where the sizes do not fit together, `ScheduleError` for a schedule that cannot run.
     """
 
-    def __init__(self, model: MiniDS, schedule: Schedule, loss: Loss, shape: tuple[int, int], group=None):
+    def __init__(
+        self, model: MiniDS, schedule: Schedule, loss: Loss, shape: tuple[int, int], group=None, replicas: int = 1
+    ):
         schedule.check()
         ranks, processes = len(schedule.actions), dist.get_world_size(group)
         layers, stages, context = model.config.num_hidden_layers, schedule.stages, model.config.max_position_embeddings
@@ -189,8 +195,8 @@ class Pipeline:
         require(layers >= stages, "num_hidden_layers", layers, f"must be at least the {stages} stages of the schedule")
         require(shape[1] <= context, "shape", shape, f"the context holds {context} tokens")
         self.schedule, self.loss, self.group, self.rank = schedule, loss, group, dist.get_rank(group)
-        self.shape, self.device = tuple(shape), model.head.weight.device
-        self.load_shape = (len(model.routers()), model.config.n_routed_experts)
+        self.shape, self.replicas = tuple(shape), replicas
+        self.load_shape = len(model.routers()), model.config.n_routed_experts
         parts = [Stage(model, i, stages) for i in range(stages)]
         self.twins = _twins(schedule, parts, self.rank)
         numbers = _numbers(schedule)
@@ -199,7 +205,8 @@ class Pipeline:
             for stop, number in numbers.items()
             if stop.rank == self.rank
         ]
-        self.stages = [parts[runner.stop.stage] for runner in self.runners]
+        self.at = {runner.stop: runner.submod for runner in self.runners}
+        self.stages, self.device = list(self.at.values()), self.runners[0].device
         self.per_route = schedule.micro_batches // len(schedule.routes)
         self.runtime = _PipelineScheduleRuntime(self.runners, self.per_route, lambda loss, _: loss, scale_grads=False)
         programs = [list(map(_Action.from_str, cells)) for cells in program(schedule)]
@@ -220,14 +227,16 @@ class Pipeline:
         shapes, wanted = [tuple(each.shape) for each in tokens], [self.shape] * self.schedule.micro_batches
         rule = f"must be {len(wanted)} micro-batches of shape {self.shape}"
         require(shapes == wanted, "tokens", {shape: shapes.count(shape) for shape in shapes}, rule)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        loads = torch.zeros(self.load_shape, dtype=torch.int64, device=self.device)
+        (loss, loads), share = self._zeros(), 1 / (len(tokens) * self.replicas)
         batches = [
-            MicroBatch(each.to(self.device), target, self.loss, 1 / len(tokens), loss, loads)
+            MicroBatch(each.to(self.device), target, self.loss, share, loss, loads)
             for each, target in zip(tokens, targets, strict=True)
         ]
+        sharded = list({m: None for stage in self.stages for m in stage.modules() if isinstance(m, FSDPModule)})
+        for module in sharded:
+            _set_last(module, False)
         for weight in self.parameters().values():
-            weight.grad = torch.zeros_like(weight)  # the rest of another step would count twice where two ranks add up
+            weight.grad = None  # the rest of another step would count twice where two ranks add up
         spans = []
         for runner in self.runners:
             route = next(i for i, stops in enumerate(self.schedule.routes) if runner.stop in stops)
@@ -235,6 +244,7 @@ class Pipeline:
         dist.barrier(self.group)
         start = time.perf_counter()
         self.runtime.step(target=torch.arange(self.per_route), return_outputs=False)
+        _reduce_gradients(sharded)
         self._add_twins()
         for count in (loss, loads):
             dist.all_reduce(count, group=self.group)
@@ -244,17 +254,42 @@ class Pipeline:
             whole.append(Span(done[0] if len(done) == 1 else Pair(*done), starts[0] - start, ends[-1] - start))
         return loss.item(), loads, whole
 
+    def _zeros(self) -> tuple[Float[Tensor, ""], Int[Tensor, "layers experts"]]:
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        return loss, torch.zeros(self.load_shape, dtype=torch.int64, device=self.device)
+
     def _add_twins(self) -> None:
         """Add the gradients of the other ranks' copies of what this rank holds."""
         held = self.parameters()
+        for weight in held.values():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        gradients = {name: local(weight.grad) for name, weight in held.items()}
         for peer, names in self.twins.items():
-            mine = torch.cat([held[name].grad.flatten() for name in names])
+            mine = torch.cat([gradients[name].flatten() for name in names])
             theirs = torch.empty_like(mine)
             both = ((dist.isend, mine), (dist.irecv, theirs))
             for work in dist.batch_isend_irecv([dist.P2POp(*way, None, self.group, group_peer=peer) for way in both]):
                 work.wait()
-            for name, other in zip(names, theirs.split([held[name].numel() for name in names]), strict=True):
-                held[name].grad += other.view_as(held[name])
+            for name, other in zip(names, theirs.split([gradients[name].numel() for name in names]), strict=True):
+                gradients[name] += other.view_as(gradients[name])
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Int[Tensor, "batch seq"], target: Any, loss: Loss) -> float:
+        """`loss(output, target)` of a batch of any shape, given to every rank: no gradients, stage after stage."""
+        x = torch.empty(*tokens.shape, self.stages[0].config.hidden_size, device=self.device)
+        total, loads = self._zeros()
+        batch = MicroBatch(tokens.to(self.device), target, loss, 0.0, total, loads)
+        for stop, following in pairwise((*self.schedule.routes[0], None)):
+            if stop.rank == self.rank:
+                x = self.at[stop](x, batch=batch)
+            if following is None or following.rank == stop.rank:
+                continue
+            if stop.rank == self.rank:
+                dist.send(x, group=self.group, group_dst=following.rank)
+            elif following.rank == self.rank:
+                dist.recv(x, group=self.group, group_src=stop.rank)
+        dist.all_reduce(total, group=self.group)
+        return total.item()
 
 
 def _twins(schedule: Schedule, stages: list[Stage], rank: int) -> dict[int, list[str]]:
@@ -263,6 +298,23 @@ def _twins(schedule: Schedule, stages: list[Stage], rank: int) -> dict[int, list
     for stop in _numbers(schedule):
         held[stop.rank].update(name for name, p in stages[stop.stage].named_parameters() if p.requires_grad)
     return {peer: sorted(held[rank] & held[peer]) for peer in held if peer != rank and held[rank] & held[peer]}
+
+
+def _reduce_gradients(sharded: list[FSDPModule]) -> None:
+    """Add up over the data ranks what the micro-batches have left behind, and keep this rank's shards of the sum."""
+    for module in sharded:
+        _set_last(module, True)
+    for state in map(fully_shard.state, sharded):
+        for group in state._fsdp_param_groups:
+            group.post_backward()
+        if state._is_root:
+            state._root_post_backward_final_callback()
+
+
+def _set_last(module: FSDPModule, last: bool) -> None:
+    module.set_is_last_backward(last)
+    module.set_reshard_after_backward(last, recurse=False)
+    module.set_requires_gradient_sync(last, recurse=False)
 
 
 def launch(work: Callable[[int], Any], ranks: int) -> list[Any]:

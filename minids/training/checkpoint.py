@@ -30,13 +30,29 @@ def save_checkpoint(destination: Path, tensors: dict[str, dict[str, Tensor]], st
         for name, content in tensors.items():
             content = {key: tensor.detach().contiguous().cpu() for key, tensor in content.items()}
             save_tensors(content, folder / f"{name}.safetensors")
-        digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-        fields = {"format": FORMAT, "files": digests, "state": state}
-        (folder / "state.json").write_text(json.dumps(fields | {"digest": _digest_of_fields(fields)}, indent=1))
+        write_state(folder, state)
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Make a checkpoint of the safetensors files in `folder`."""
+    digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    fields = {"format": FORMAT, "files": digests, "state": state}
+    (folder / "state.json").write_text(json.dumps(fields | {"digest": _digest_of_fields(fields)}, indent=1))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read what `save_checkpoint` wrote. Raises `ValueError` naming the file that is missing, damaged or changed."""
+    state, tensors = read_state(folder), {}
+    for path in folder.glob("*.safetensors"):
+        try:
+            tensors[path.stem] = load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+    return tensors, state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose files are all there as they were written; else raises `ValueError`."""
     try:
         fields = json.loads((folder / "state.json").read_text())
         intact = fields.pop("digest") == _digest_of_fields(fields)
@@ -48,18 +64,13 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         raise ValueError(f"{folder / 'state.json'} is damaged: its content is not what was saved")
     if fields["format"] != FORMAT:
         raise ValueError(f"{folder / 'state.json'} is of another format than {FORMAT}, which this version reads")
-    tensors = {}
     for name, digest in fields["files"].items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing from the checkpoint")
         if _digest(path) != digest:
             raise ValueError(f"{path} is damaged: its content is not what was saved")
-        try:
-            tensors[path.stem] = load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-    return tensors, fields["state"]
+    return fields["state"]
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -70,10 +81,13 @@ def latest_checkpoint(directory: Path) -> Path | None:
 def optimizer_tensors(
     model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """The state of every parameter under the parameter's name: `layers.0.ffn.up_proj.weight/exp_avg`."""
+    """The state of every parameter under the parameter's name: `layers.0.ffn.up_proj.weight/exp_avg`.
+
+    A step count becomes a vector of one element, since torch's distributed writer loses scalars.
+    """
     states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
     return {
-        f"{name}/{key}": tensor
+        f"{name}/{key}": torch.atleast_1d(tensor)
         for name, parameter in model.named_parameters()
         for key, tensor in states.get(parameter, {}).items()
     }
@@ -90,8 +104,22 @@ def load_optimizer_tensors(
         parameter = parameters.get(parameter_name)
         if parameter not in owners:
             raise ValueError(f"checkpoint holds optimizer state of {parameter_name!r}, which this model does not train")
-        device = "cpu" if key == "step" else parameter.device
-        owners[parameter].state[parameter][key] = tensor.to(device)
+        owners[parameter].state[parameter][key] = tensor[0].cpu() if key == "step" else tensor.to(parameter.device)
+
+
+def random_states(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The states of the generators that a step could draw from."""
+    states = {"cpu": torch.get_rng_state()}
+    if next(model.parameters()).is_cuda:
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """The inverse of `random_states`."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _digest_of_fields(fields: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ is cut into micro-batches; every step leaves one JSON object in metrics.jsonl.
 """
 
 import dataclasses
-import json
 import math
 import signal
 import threading
@@ -20,9 +19,9 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from minids.config import ModelConfig
 from minids.data.batches import Batch, BatchStream, TokenizedCorpus, evaluation_batches
 from minids.data.tokenizer import Tokenizer
-from minids.files import write_text_whole
 from minids.model.fp8_linear import convert_to_fp8
 from minids.model.moe import max_violation
 from minids.model.transformer import MiniDS
@@ -31,9 +30,13 @@ from minids.training.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
+    random_states,
+    read_state,
     save_checkpoint,
+    set_random_states,
 )
 from minids.training.loss import Losses, Share, bits_per_byte, losses
+from minids.training.metrics import Metrics, cut_metrics, metrics_file
 from minids.training.optimizer import Schedule, make_optimizers, set_learning_rate
 
 
@@ -99,19 +102,36 @@ class Diverged(RuntimeError):
     """The loss became infinite, not a number, or far worse than a blind guess."""
 
 
-Metrics = dict[str, Any]
+def training_batches(data: TextData, recipe: Recipe) -> BatchStream:
+    """The global batches of a run, from the first."""
+    return BatchStream(data.train, batch_size=recipe.batch_size, seq_len=recipe.seq_len, seed=recipe.seed)
+
+
+def validation_batches(data: TextData, recipe: Recipe) -> Iterator[Batch]:
+    """What a run is judged on."""
+    rows = recipe.micro_batch_size or recipe.batch_size
+    return evaluation_batches(
+        data.validation, batch_size=rows, seq_len=recipe.seq_len, max_batches=recipe.evaluation_batches
+    )
+
+
+def check(config: ModelConfig, data: TextData, recipe: Recipe) -> None:
+    """Raise `ValueError` where a model, a text and a recipe do not fit together."""
+    if recipe.seq_len > config.max_position_embeddings:
+        raise ValueError(f"seq_len={recipe.seq_len}: the context holds {config.max_position_embeddings}")
+    if data.tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"vocab_size={config.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} tokens")
+    training_batches(data, recipe)  # a text that is too short should be known now
+    validation_batches(data, recipe)
 
 
 class Trainer:
     """A model in training: everything that a checkpoint holds."""
 
+    writes_files = True  # of several processes that train one model, one does
+
     def __init__(self, model: MiniDS, data: TextData, recipe: Recipe):
-        if recipe.seq_len > model.config.max_position_embeddings:
-            raise ValueError(f"seq_len={recipe.seq_len}: the context holds {model.config.max_position_embeddings}")
-        if data.tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"vocab_size={model.config.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} tokens"
-            )
+        check(model.config, data, recipe)
         if recipe.precision == "fp8":
             convert_to_fp8(model)
         self.model, self.data, self.recipe = model, data, recipe
@@ -119,11 +139,8 @@ class Trainer:
         self.optimizers = make_optimizers(
             model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.moments
         )
-        self.stream = BatchStream(
-            data.train, batch_size=recipe.batch_size, seq_len=recipe.seq_len, seed=recipe.seed
-        )
+        self.stream = training_batches(data, recipe)
         self.step = 0
-        self.validation_batches()  # a validation text that is too short should be known now
 
     def run(
         self,
@@ -145,11 +162,13 @@ class Trainer:
             if newest is None:
                 raise ValueError(f"{directory} holds no checkpoint to resume from")
             self.load(newest)
-            _cut_metrics(directory / "metrics.jsonl", self.step)
-        history = []
-        bar = tqdm(total=steps, initial=self.step, unit="step", disable=not progress, dynamic_ncols=True)
-        with bar, _stop_requests() as stop_requested, _metrics_file(directory) as write:
-            while self.step < steps and not stop_requested.is_set():
+        written = directory if self.writes_files else None
+        if written is not None:
+            cut_metrics(written / "metrics.jsonl", self.step)
+        history, hidden = [], not (progress and self.writes_files)
+        bar = tqdm(total=steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
+        with bar, _stop_requests() as stop_requested, metrics_file(written) as write:
+            while self.step < steps and not self.should_stop(stop_requested.is_set()):
                 metrics = self.train_step()
                 if self.step == steps or self.step % self.recipe.evaluate_every == 0:
                     metrics["validation_bits_per_byte"] = self.evaluate()
@@ -175,7 +194,7 @@ class Trainer:
 
         self.model.train()
         sums, loads = self.backward(next(self.stream), mtp_weight)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm).item()
+        norm = self.clip_gradients()
         main = sums.main.item()
         if not math.isfinite(norm) or not main < 3 * math.log(self.model.config.vocab_size):
             raise Diverged(
@@ -203,12 +222,17 @@ class Trainer:
         seconds = time.perf_counter() - began
         return metrics | {"tokens": self.step * tokens, "tokens_per_second": tokens / seconds}
 
-    def backward(self, batch: Batch, mtp_weight: float) -> tuple[Losses, torch.Tensor | None]:
-        """Gradients, losses and expert loads of a global batch, whatever the micro-batches it is cut into."""
-        share = Share.of(batch)
+    def backward(
+        self, batch: Batch, mtp_weight: float, share: Share | None = None
+    ) -> tuple[Losses, torch.Tensor | None]:
+        """Gradients, losses and expert loads of a global batch, whatever the micro-batches it is cut into.
+
+        With `share`, that of the global batch, `batch` is a part of one.
+        """
+        share = share or Share.of(batch)
         device = self.model.head.weight.device
         parts, loads = [], None
-        for micro in _micro_batches(batch, self.recipe.micro_batch_size or len(batch.tokens)):
+        for micro in micro_batches(batch, self.recipe.micro_batch_size or len(batch.tokens)):
             micro = Batch(micro.tokens.to(device), micro.documents.to(device), micro.domains)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
                 out = self.model(micro.tokens[:, :-1], mtp=bool(mtp_weight))
@@ -219,6 +243,14 @@ class Trainer:
                 loads = out.loads if loads is None else loads + out.loads
         return Losses(*(sum(getattr(p, f.name) for p in parts) for f in dataclasses.fields(Losses))), loads
 
+    def clip_gradients(self) -> float:
+        """Scale the gradients down to the norm `clip_norm`; returns the norm they had."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm).item()
+
+    def should_stop(self, requested: bool) -> bool:
+        """Asked before every step; `requested` says whether Ctrl-C or SIGTERM came."""
+        return requested
+
     def evaluate(self) -> float:
         """Bits per byte of a fixed sample of the validation text."""
         self.model.eval()
@@ -226,19 +258,14 @@ class Trainer:
 
     def validation_batches(self) -> Iterator[Batch]:
         """The same `evaluation_batches` batches each time."""
-        return evaluation_batches(
-            self.data.validation,
-            batch_size=self.recipe.micro_batch_size or self.recipe.batch_size,
-            seq_len=self.recipe.seq_len,
-            max_batches=self.recipe.evaluation_batches,
-        )
+        return validation_batches(self.data, self.recipe)
 
     def save(self, directory: Path) -> None:
         """Write the checkpoint of this step, then drop all but the two newest."""
         tensors = {
-            "model": self.model.state_dict(),
+            "model": {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta},
             "optimizer": optimizer_tensors(self.model, self.optimizers),
-            "random": _random_states(self.model),
+            "random": random_states(self.model),
         }
         state = {
             "step": self.step,
@@ -248,13 +275,15 @@ class Trainer:
         }
         destination = directory / f"step-{self.step:08d}"
         if not destination.exists():
-            save_checkpoint(destination, tensors, state)
-        for old in sorted(directory.glob("step-*"))[:-2]:
+            self.write_checkpoint(destination, tensors, state)
+        for old in sorted(directory.glob("step-*"))[:-2] if self.writes_files else ():
             _remove(old)
+
+    write_checkpoint = staticmethod(save_checkpoint)
 
     def load(self, folder: Path) -> None:
         """Go on where the checkpoint was written. Raises `ValueError` where it is damaged or of another run."""
-        tensors, state = load_checkpoint(folder)
+        state = read_state(folder)
         if state["config"] != self.model.config.to_dict():
             raise ValueError(f"{folder} is of a model with another config")
         changed = [k for k, v in dataclasses.asdict(self.recipe).items() if state["recipe"].get(k, v) != v]
@@ -263,10 +292,15 @@ class Trainer:
             was = state["recipe"][name]
             raise ValueError(f"{name}={getattr(self.recipe, name)!r}: the run was started with {was!r}")
         self.stream.load_state_dict(state["data"])
+        self.load_tensors(folder)
+        self.step = state["step"]
+
+    def load_tensors(self, folder: Path) -> None:
+        """Weights, optimizer and random states of a checkpoint."""
+        tensors, _ = load_checkpoint(folder)
         self.model.load_state_dict(tensors["model"])
         load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
-        _set_random_states(tensors["random"])
-        self.step = state["step"]
+        set_random_states(tensors["random"])
 
 
 def train(model: MiniDS, data: TextData, recipe: Recipe, **options: Any) -> list[Metrics]:
@@ -274,22 +308,10 @@ def train(model: MiniDS, data: TextData, recipe: Recipe, **options: Any) -> list
     return Trainer(model, data, recipe).run(**options)
 
 
-def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
+def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
+    """The rows of `batch`, `size` at a time."""
     parts = (getattr(batch, f.name).split(size) for f in dataclasses.fields(Batch))
     return (Batch(*part) for part in zip(*parts, strict=True))
-
-
-def _random_states(model: MiniDS) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if model.head.weight.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_random_states(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _remove(checkpoint: Path) -> None:
@@ -298,35 +320,6 @@ def _remove(checkpoint: Path) -> None:
     for path in checkpoint.iterdir():
         path.unlink()
     checkpoint.rmdir()
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """Forget the steps after the checkpoint, which are about to be taken again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            break  # a line that was being written when the run was killed
-    write_text_whole(path, "".join(kept))
-
-
-@contextmanager
-def _metrics_file(directory: Path | None) -> Iterator[Callable[[Metrics], None]]:
-    if directory is None:
-        yield lambda metrics: None
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "metrics.jsonl").open("a") as file:
-
-        def write(metrics: Metrics) -> None:
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
-
-        yield write
 
 
 @contextmanager

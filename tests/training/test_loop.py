@@ -13,6 +13,7 @@ from minids.run import load_run
 from minids.training import loop
 from minids.training.checkpoint import latest_checkpoint
 from minids.training.loop import Diverged, Recipe, Trainer, train
+from minids.training.metrics import cut_metrics
 
 SAME_WHEN_RESUMED = ("step", "loss", "mtp_loss", "balance_loss", "gradient_norm", "max_violation", "learning_rate")
 
@@ -95,7 +96,7 @@ def test_a_line_half_written_when_killed_is_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:8]) + lines[8][:20])
-    loop._cut_metrics(path, 6)
+    cut_metrics(path, 6)
     assert path.read_text() == "".join(lines[:6])
 
 
@@ -192,6 +193,6 @@ def test_text_longer_than_the_context_is_refused():
 
 def test_micro_batches_cover_the_batch_in_order():
     batch = Batch(*(torch.arange(10).view(5, 2) + 100 * i for i in range(3)))
-    parts = list(loop._micro_batches(batch, 2))
+    parts = list(loop.micro_batches(batch, 2))
     assert [len(part.tokens) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part.domains for part in parts]), batch.domains)

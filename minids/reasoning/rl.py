@@ -1,0 +1,347 @@
+"""The reinforcement learning loop: sample groups of answers, score them, take a step of GRPO; stop, resume, repeat.
+
+Notable choices: a step is a function of (model, optimizer state, step number), its random draws being seeded by the
+number, so a resumed run repeats the undisturbed one; what was sampled is checked against what is trained, every step;
+groups that teach nothing count in the averages but cost no backward pass.
+"""
+
+import copy
+import dataclasses
+import math
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from minids.data.tokenizer import Tokenizer
+from minids.files import write_text_whole
+from minids.model.transformer import MiniDS
+from minids.reasoning.grpo import Averaging, Ratio, group_advantages, grpo_loss, is_flat, token_weights
+from minids.reasoning.rewards import Reward
+from minids.reasoning.rollout import (
+    PaddedSamples,
+    Sample,
+    answer,
+    averages,
+    evaluate,
+    pad,
+    samples_as_text,
+    token_logps,
+)
+from minids.reasoning.tasks import Problem
+from minids.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from minids.training.loop import Diverged, _remove, _stop_requests
+from minids.training.metrics import Metrics, cut_metrics, metrics_file
+from minids.training.optimizer import make_optimizers, set_learning_rate
+
+
+@dataclass(frozen=True)
+class RLRecipe:
+    """How a model is taught by rewards. The defaults teach the base of `zero.py` in a minute or two.
+
+    `averaging`, `ratio`, `scale_by_std`, the clips and `kl_weight` are those of `grpo_loss`; `grpo.VARIANTS` has them
+    for each published variant.
+    """
+
+    steps: int = 60
+    prompts: int = 16
+    """Problems a step."""
+    group_size: int = 16
+    """Answers to each problem."""
+    learning_rate: float = 3e-4
+    warmup_steps: int = 5
+    clip_norm: float = 1.0
+    temperature: float = 1.0
+    max_new_tokens: int = 72
+    inner_epochs: int = 1
+    """Optimizer steps on each batch of answers; the ratio is 1 in the first."""
+    averaging: Averaging = "token"
+    ratio: Ratio = "token"
+    scale_by_std: bool = True
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_weight: float = 0.0
+    refresh_reference_every: int = 400
+    """Steps after which the reference becomes the present model (FACTS.md section 8.1)."""
+    dynamic_sampling: bool = False
+    """Replace groups whose rewards are all equal by new ones, up to three times (DAPO)."""
+    balance_speed: float = 0.0
+    """How far a step moves a router's bias; 0 freezes the biases."""
+    micro_batch_size: int = 64
+    max_cache_bytes: int = 2**28
+    """Memory that the cache may take while sampling."""
+    seed: int = 0
+    evaluate_every: int = 20
+    evaluation_problems: int = 240
+    evaluation_samples: int = 4
+    """Samples of each held-out problem: k of pass@k."""
+    checkpoint_every: int = 20
+
+    def __post_init__(self):
+        for name, least in _LEAST.items():
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be a finite number, at least {least}")
+        for name in ("learning_rate", "clip_norm", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be a finite number above 0")
+
+
+_LEAST = dict.fromkeys(("steps", "prompts", "max_new_tokens", "inner_epochs", "refresh_reference_every"), 1)
+_LEAST |= dict.fromkeys(("micro_batch_size", "evaluate_every", "evaluation_samples", "checkpoint_every"), 1)
+_LEAST |= dict.fromkeys(("warmup_steps", "clip_low", "clip_high", "kl_weight", "balance_speed", "seed"), 0)
+_LEAST |= {"group_size": 2, "evaluation_problems": 2}
+
+LOGP_TOLERANCE = 1e-4
+DYNAMIC_ROUNDS = 4
+
+
+@runtime_checkable
+class Problems(Protocol):
+    """Where problems come from; `tasks.Task` is one, and any class with these two methods is another."""
+
+    def draw(self, rng: random.Random, count: int) -> list[Problem]:
+        """Problems to train on."""
+
+    def held_out(self, count: int) -> list[Problem]:
+        """Problems to judge by: always the same."""
+
+
+class LogpMismatch(RuntimeError):
+    """Training computes other probabilities than sampling did: the ratio of GRPO would mean nothing."""
+
+
+class RLTrainer:
+    """A model that learns from rewards: everything that a checkpoint holds."""
+
+    def __init__(self, model: MiniDS, tokenizer: Tokenizer, problems: Problems, reward: Reward, recipe: RLRecipe):
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(f"vocab_size={model.config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens")
+        self.model, self.tokenizer, self.problems, self.reward = model, tokenizer, problems, reward
+        self.recipe = recipe
+        self.optimizers = make_optimizers(model, "adamw", recipe.learning_rate, weight_decay=0.0)
+        self.reference = copy.deepcopy(model).requires_grad_(False).eval() if recipe.kl_weight else None
+        self.step = 0
+
+    def run(
+        self,
+        *,
+        directory: Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        on_step: Callable[[Metrics], None] | None = None,
+    ) -> list[Metrics]:
+        """Train to the end of the recipe, or to the first Ctrl-C; returns the metrics of step 0 (the base) and on.
+
+        With `directory`, checkpoints, metrics.jsonl and samples/ are kept there; `resume` goes on from the newest
+        checkpoint. Raises `ValueError` when there is nothing to resume.
+        """
+        steps, history = self.recipe.steps, []
+        if resume:
+            newest = latest_checkpoint(directory / "checkpoints")
+            if newest is None:
+                raise ValueError(f"{directory} holds no checkpoint to resume from")
+            self.load(newest)
+        if directory is not None:
+            cut_metrics(directory / "metrics.jsonl", self.step if resume else -1)
+        bar = tqdm(total=steps, initial=self.step, unit="step", disable=not progress, dynamic_ncols=True)
+        with bar, _stop_requests() as stop_requested, metrics_file(directory) as write:
+
+            def report(metrics: Metrics) -> None:
+                write(metrics)
+                history.append(metrics)
+                if on_step is not None:
+                    on_step(metrics)
+
+            if not self.step and not resume:
+                report({"step": 0} | self.evaluate())
+            while self.step < steps and not stop_requested.is_set():
+                metrics, groups = self.train_step()
+                done = self.step == steps
+                if done or self.step % self.recipe.evaluate_every == 0:
+                    metrics |= self.evaluate()
+                    if directory is not None:
+                        (directory / "samples").mkdir(exist_ok=True)
+                        text = samples_as_text(groups)
+                        write_text_whole(directory / "samples" / f"step-{self.step:08d}.txt", text)
+                report(metrics)
+                bar.set_postfix_str(f"reward {metrics['reward']:.2f}, {metrics['length']:.0f} tokens", refresh=False)
+                bar.update()
+                if directory is not None and (done or self.step % self.recipe.checkpoint_every == 0):
+                    self.save(directory / "checkpoints")
+            if directory is not None and 0 < self.step < steps:
+                self.save(directory / "checkpoints")
+        return history
+
+    def evaluate(self) -> Metrics:
+        """pass@1, pass@k and the rest of `rollout.evaluate` on held-out problems, as held_out/... ."""
+        recipe = self.recipe
+        self.model.eval()
+        metrics = evaluate(
+            self.model,
+            self.tokenizer,
+            self.problems.held_out(recipe.evaluation_problems),
+            self.reward,
+            samples=recipe.evaluation_samples,
+            max_new_tokens=recipe.max_new_tokens,
+            max_cache_bytes=recipe.max_cache_bytes,
+        )
+        return {f"held_out/{name}": value for name, value in metrics.items()}
+
+    def train_step(self) -> tuple[Metrics, list[list[Sample]]]:
+        """Sample, score, and update `inner_epochs` times; returns metrics, and the groups of answers.
+
+        Raises `LogpMismatch` where training and sampling disagree.
+        """
+        recipe, began = self.recipe, time.perf_counter()
+        if self.reference is not None and self.step and self.step % recipe.refresh_reference_every == 0:
+            self.reference.load_state_dict(self.model.state_dict())
+        groups, zero_advantage = self.collect()
+        sampled = time.perf_counter()
+        warmed_up = min(1.0, (self.step + 1) / max(recipe.warmup_steps, 1))
+        set_learning_rate(self.optimizers, recipe.learning_rate * warmed_up)
+        updates = [self.update(groups, check=epoch == 0) for epoch in range(recipe.inner_epochs)]
+        self.step += 1
+        return {
+            "step": self.step,
+            **averages([sample for group in groups for sample in group]),
+            "zero_advantage_groups": zero_advantage,
+            **{name: statistics.fmean(u[name] for u in updates if name in u) for name in updates[0]},
+            "sampling_seconds": sampled - began,
+            "seconds": time.perf_counter() - began,
+        }, groups
+
+    def collect(self) -> tuple[list[list[Sample]], float]:
+        """A step's groups of answers, and the share of all groups sampled that had nothing to teach."""
+        recipe = self.recipe
+        rng = random.Random(f"{recipe.seed} {self.step}")
+        options = dict(
+            max_new_tokens=recipe.max_new_tokens,
+            temperature=recipe.temperature,
+            max_cache_bytes=recipe.max_cache_bytes,
+            generator=torch.Generator(self.model.head.weight.device).manual_seed(rng.getrandbits(63)),
+        )
+        self.model.eval()
+        groups: list[list[Sample]] = []
+        asked = flat = 0
+        for _ in range(DYNAMIC_ROUNDS if recipe.dynamic_sampling else 1):
+            groups = [group for group in groups if not is_flat(_rewards([group]))]
+            missing = recipe.prompts - len(groups)
+            if not missing:
+                break
+            problems = self.problems.draw(rng, missing)
+            groups += answer(self.model, self.tokenizer, problems, self.reward, recipe.group_size, **options)
+            asked += missing
+            flat += int(is_flat(_rewards(groups)).sum())
+        return groups, flat / asked
+
+    def update(self, groups: list[list[Sample]], check: bool) -> Metrics:
+        """One optimizer step on the answers. With `check`, compare log-probabilities with those of sampling."""
+        recipe, model = self.recipe, self.model
+        batch = pad([sample for group in groups for sample in group], model.head.weight.device)
+        advantages = group_advantages(_rewards(groups), scale_by_std=recipe.scale_by_std).flatten()
+        advantages = advantages.to(batch.mask.device)
+        weights = token_weights(batch.mask, recipe.averaging, recipe.max_new_tokens)
+        # A row without advantage has no gradient but the penalty's. Rows of similar length together need less padding.
+        taught = torch.ones_like(advantages) if self.reference is not None else advantages
+        rows = taught.nonzero()[:, 0]
+        if not len(rows):
+            return {}
+        rows = rows[batch.mask[rows].sum(1).argsort(stable=True)]
+        sums: defaultdict[str, float] = defaultdict(float)
+        loads = torch.zeros((), dtype=torch.int64, device=rows.device)
+        gap = 0.0
+        model.train()
+        for some in rows.split(recipe.micro_batch_size):
+            part = batch.rows(some)
+            logp, entropy, routings = token_logps(model, part.tokens, recipe.temperature)
+            with torch.no_grad():
+                ref_logp = self.reference and token_logps(self.reference, part.tokens, recipe.temperature)[0]
+            loss, stats = grpo_loss(
+                logp, part.old_logp, ref_logp, advantages[some], part.mask,
+                clip_low=recipe.clip_low, clip_high=recipe.clip_high, kl_weight=recipe.kl_weight, ratio=recipe.ratio,
+                weights=weights[some, : part.mask.shape[1]],
+            )  # fmt: skip
+            loss.backward()
+            if check:
+                gap = max(gap, _check_logps(logp.detach(), part))
+            for name, value in (stats | {"entropy": entropy[part.mask].sum()}).items():
+                sums[name] += value.item()
+            sums["tokens"] += part.mask.sum().item()
+            if recipe.balance_speed:
+                loads = loads + torch.stack([part.load(routing) for routing in routings])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm).item()
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient of step {self.step + 1} is {norm}: learning_rate may be too high")
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if recipe.balance_speed:
+            model.update_balance_bias(loads, recipe.balance_speed)
+        tokens = sums.pop("tokens")
+        means = {name: value / tokens for name, value in sums.items()}
+        return {"gradient_norm": norm} | means | ({"logp_gap": gap} if check else {})
+
+    def save(self, directory: Path) -> None:
+        """Write the checkpoint of this step, then drop all but the two newest."""
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizers)}
+        if self.reference is not None:
+            tensors["reference"] = self.reference.state_dict()
+        state = {
+            "step": self.step,
+            "config": self.model.config.to_dict(),
+            "recipe": dataclasses.asdict(self.recipe),
+        }
+        destination = directory / f"step-{self.step:08d}"
+        if not destination.exists():
+            save_checkpoint(destination, tensors, state)
+        for old in sorted(directory.glob("step-*"))[:-2]:
+            _remove(old)
+
+    def load(self, folder: Path) -> None:
+        """Go on where the checkpoint was written. Raises `ValueError` where it is damaged or of another run."""
+        tensors, state = load_checkpoint(folder)
+        if state["config"] != self.model.config.to_dict():
+            raise ValueError(f"{folder} is of a model with another config")
+        for name, value in dataclasses.asdict(self.recipe).items():
+            if state["recipe"].get(name) != value:
+                raise ValueError(f"{name}={value!r}: the run was started with {state['recipe'].get(name)!r}")
+        self.model.load_state_dict(tensors["model"])
+        load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
+        if self.reference is not None:
+            self.reference.load_state_dict(tensors["reference"])
+        self.step = state["step"]
+
+
+def _rewards(groups: Sequence[Sequence[Sample]]) -> Float[Tensor, "groups size"]:
+    return torch.tensor([[sample.score.total for sample in group] for group in groups], dtype=torch.float32)
+
+
+def _check_logps(logp: Float[Tensor, "batch seq"], batch: PaddedSamples) -> float:
+    """The largest gap between training and sampling.
+
+    A token whose two best experts score within rounding of each other may be routed differently in the two passes, so
+    one token in a thousand may lie further apart.
+    """
+    gaps = (logp - batch.old_logp)[batch.mask].abs()
+    far = (gaps > LOGP_TOLERANCE).float().mean().item()
+    if not far <= 1e-3:
+        raise LogpMismatch(
+            f"log-probabilities of training and sampling differ by up to {gaps.max().item():.2g}, "
+            f"by more than {LOGP_TOLERANCE} for {far:.2%} of the tokens"
+        )
+    return gaps.max().item()

@@ -1,0 +1,203 @@
+"""Sampling answers with their log-probabilities, computing these again for training, and judging a model by pass@k."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minids.data.tokenizer import Tokenizer
+from minids.inference.generate import Sampling, stream
+from minids.model.moe import Routing
+from minids.model.transformer import MiniDS
+from minids.reasoning.rewards import Response, Reward, Score, read_response
+from minids.reasoning.tasks import Problem
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer of a model: what was asked, what it wrote, the log-probability of each token, and its score."""
+
+    problem: Problem
+    prompt: list[int]
+    response: Response
+    logps: list[float]
+    score: Score
+
+
+@dataclass(frozen=True)
+class PaddedSamples:
+    """Prompts and responses padded on the right; for each position but the last: was the next token sampled, and
+    with what log-probability."""
+
+    tokens: Int[Tensor, "batch seq_plus_1"]
+    mask: Bool[Tensor, "batch seq"]
+    old_logp: Float[Tensor, "batch seq"]
+
+    def rows(self, rows: Int[Tensor, "rows"]) -> "PaddedSamples":
+        """Some of them, as narrow as they can be: `mask` ends where the longest of these does."""
+        seq = int(self.mask[rows].any(0).nonzero().max()) + 1
+        return PaddedSamples(self.tokens[rows, : seq + 1], self.mask[rows, :seq], self.old_logp[rows, :seq])
+
+    def load(self, routing: Routing) -> Int[Tensor, "experts"]:
+        """Tokens that each expert read in the forward pass, padding not counted."""
+        read = self.mask.int().flip(1).cumsum(1).flip(1) > 0  # up to the last position that predicts a sampled token
+        return torch.bincount(routing.experts[read].flatten(), minlength=routing.scores.shape[-1])
+
+
+def pad(samples: Sequence[Sample], device: torch.device | str = "cpu") -> PaddedSamples:
+    """The samples as one batch."""
+    sequences = [[*sample.prompt, *sample.response.tokens] for sample in samples]
+    longest = max(map(len, sequences))
+    tokens = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences], device=device)
+    mask = torch.zeros(len(samples), longest - 1, dtype=torch.bool, device=device)
+    old_logp = torch.zeros(len(samples), longest - 1, device=device)
+    for row, sample in enumerate(samples):
+        sampled = slice(len(sample.prompt) - 1, len(sequences[row]) - 1)  # position t predicts token t + 1
+        mask[row, sampled] = True
+        old_logp[row, sampled] = torch.tensor(sample.logps, device=device)
+    return PaddedSamples(tokens, mask, old_logp)
+
+
+@dataclass(frozen=True)
+class _Recording(Sampling):
+    """Draws as `Sampling` does and keeps the log-probabilities of what it drew last."""
+
+    last: list[float] = field(default_factory=list)
+
+    def draw(
+        self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator | None = None
+    ) -> Int[Tensor, "batch"]:
+        if self.temperature == 0:
+            tokens = logits.argmax(-1)
+            self.last[:] = [0.0] * len(tokens)
+            return tokens
+        logp = (logits.float() / self.temperature).log_softmax(-1)
+        tokens = torch.multinomial(logp.exp(), 1, generator=generator)
+        self.last[:] = logp.gather(1, tokens)[:, 0].tolist()
+        return tokens[:, 0]
+
+
+def sample(
+    model: MiniDS,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    stop: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    max_cache_bytes: int = 2**28,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Let the model answer every prompt; returns tokens, up to and including `stop`, and their log-probabilities.
+
+    As many sequences run at once as `max_cache_bytes` of cache allow. Raises ValueError where not even one fits.
+    """
+    slots = max(map(len, prompts)) + max_new_tokens
+    at_once = max_cache_bytes // model.new_cache(1, slots).num_bytes()
+    if not at_once:
+        raise ValueError(f"max_cache_bytes={max_cache_bytes}: the cache of one sequence of {slots} tokens does not fit")
+    responses: list[list[int]] = [[] for _ in prompts]
+    logps: list[list[float]] = [[] for _ in prompts]
+    for first in range(0, len(prompts), at_once):
+        sampling = _Recording(temperature)
+        options = dict(max_new_tokens=max_new_tokens, sampling=sampling, stop=[stop], generator=generator)
+        for alive, drawn in stream(model, prompts[first : first + at_once], **options):
+            for row, token, logp in zip(alive, drawn, sampling.last, strict=True):
+                responses[first + row].append(token)
+                logps[first + row].append(logp)
+    return responses, logps
+
+
+def token_logps(
+    model: MiniDS, tokens: Int[Tensor, "batch seq_plus_1"], temperature: float = 1.0
+) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"], list[Routing]]:
+    """Log-probability of each next token under the distribution that was sampled from, its entropy, the routings."""
+    out = model(tokens[:, :-1])
+    logp = (out.logits.float() / temperature).log_softmax(-1)
+    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+    return logp.gather(-1, tokens[:, 1:, None])[..., 0], entropy, out.routings
+
+
+def answer(
+    model: MiniDS,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    reward: Reward,
+    group_size: int,
+    **options,
+) -> list[list[Sample]]:
+    """A group of scored answers to each problem. Options as in `sample`."""
+    repeated = [problem for problem in problems for _ in range(group_size)]
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(problem.prompt)] for problem in repeated]
+    tokens, logps = sample(model, prompts, stop=tokenizer.eos_id, **options)
+    responses = [read_response(of_prompt, tokenizer) for of_prompt in tokens]
+    scores = reward(repeated, responses)
+    samples = list(map(Sample, repeated, prompts, responses, logps, scores))
+    return [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Chance that k of the samples, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k)."""
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % confidence interval, by the spread between problems."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+
+
+def evaluate(
+    model: MiniDS,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    reward: Reward,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    solved: str = "accuracy",
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_cache_bytes: int = 2**28,
+) -> dict[str, float]:
+    """pass@1 and pass@`samples` of the part `solved`, with half their 95 % intervals; mean length and reward parts."""
+    generator = torch.Generator(model.head.weight.device).manual_seed(seed)
+    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, max_cache_bytes=max_cache_bytes)
+    groups = answer(model, tokenizer, problems, reward, samples, generator=generator, **options)
+    return summary(groups, solved)
+
+
+def summary(groups: Sequence[Sequence[Sample]], solved: str = "accuracy") -> dict[str, float]:
+    """What `evaluate` returns, of answers that are there: a group to each problem, all groups of one size."""
+    samples = len(groups[0])
+    rights = [sum(sample.score.parts[solved] == 1 for sample in group) for group in groups]
+    metrics = {}
+    for k in sorted({1, samples}):
+        mean, half = mean_with_interval([pass_at_k(samples, right, k) for right in rights])
+        metrics |= {f"pass@{k}": mean, f"pass@{k}_interval": half}
+    return metrics | averages([sample for group in groups for sample in group])
+
+
+def averages(samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean reward, its parts, mean length in tokens, and the share of answers that did not end."""
+    count = len(samples)
+    parts = {name: sum(s.score.parts[name] for s in samples) / count for name in samples[0].score.parts}
+    return {
+        "reward": sum(s.score.total for s in samples) / count,
+        **{f"reward/{name}": value for name, value in parts.items()},
+        "length": sum(len(s.response.tokens) for s in samples) / count,
+        "unfinished": sum(not s.response.ended for s in samples) / count,
+    }
+
+
+def samples_as_text(groups: Sequence[Sequence[Sample]], of_each: int = 4) -> str:
+    """Every group's problem and its first answers, each with its score."""
+    lines = []
+    for group in groups:
+        lines.append(group[0].problem.prompt)
+        for sample in group[:of_each]:
+            parts = ", ".join(f"{name} {value:.2g}" for name, value in sample.score.parts.items())
+            lines.append(f"    {sample.response.text}    [{sample.score.total:.2f}: {parts}]")
+    return "\n".join(lines) + "\n"

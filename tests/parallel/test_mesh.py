@@ -1,0 +1,150 @@
+"""Layouts: how they are read, what is refused and why, what the plan says, and which rank is where in a big world."""
+
+import re
+
+import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from training.helpers import counting_data
+
+from minids import cost
+from minids.config import ModelConfig
+from minids.model.moe import Experts
+from minids.model.transformer import MiniDS
+from minids.parallel.mesh import Layout, parameters_per_rank
+from minids.parallel.pipeline import local
+from minids.parallel.trainer import ParallelTrainer
+from minids.training.loop import Recipe
+
+NANO = ModelConfig.preset("nano", num_hidden_layers=4)
+RECIPE = Recipe(batch_size=8, seq_len=32)
+
+
+@pytest.fixture
+def seat():
+    """Take the place of one rank among many, with no other process there."""
+
+    def sit(rank, ranks):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+
+    yield sit
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "text, world, layout",
+    [
+        ("", 1, Layout()),
+        ("", 8, Layout(dp=8)),
+        ("ep=2", 8, Layout(ep=2, dp=4)),
+        ("pp=2,ep=2,schedule=zbv", 8, Layout(pp=2, dp=2, ep=2, schedule="zbv")),
+        ("dp=2", 8, Layout(dp=2)),  # refused later, with the nearest
+    ],
+)
+def test_what_is_not_named_goes_to_the_data(text, world, layout):
+    assert Layout.parse(text, world) == layout
+    assert Layout.parse(str(layout), 1) == layout
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("tp=2", "parallel='tp=2': knows pp, dp, ep, schedule, not 'tp'"),
+        ("ep", "ep='': must be a whole number"),
+        ("ep=0", "ep='0': must be a whole number, at least 1"),
+        ("pp=2,schedule=dualpie", "schedule='dualpie': must be one of gpipe"),
+    ],
+)
+def test_words_that_are_no_layout_are_refused(text, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        Layout.parse(text, 2)
+
+
+@pytest.mark.parametrize(
+    "layout, world, changes, reason, nearest",
+    [
+        (Layout(dp=2), 4, {}, "pp * dp * ep=2: must be the 4 processes", "pp=1,dp=4,ep=1"),
+        (Layout(ep=3), 3, {"batch_size": 9}, "ep=3: must divide the 8 experts", "pp=1,dp=3,ep=1"),
+        (Layout(ep=16), 16, {"batch_size": 16}, "ep=16: must divide the 8 experts", "pp=1,dp=2,ep=8"),
+        (Layout(pp=4), 4, {}, "must be at least the 8 stages", "pp=2,dp=2,ep=1,schedule=dualpipev"),
+        (Layout(pp=2, dp=2, ep=2), 8, {}, "must be at least 2 * ranks = 4", "pp=1,dp=4,ep=2"),
+        (Layout(pp=2), 2, {"micro_batch_size": 3}, "micro_batch_size=3: must divide the 8 rows", "pp=1,dp=2,ep=1"),
+        (Layout(pp=2), 2, {"mtp_weight": 0.0}, "mtp_weight=0: a pipeline trains", "pp=1,dp=2,ep=1"),
+        (Layout(dp=8), 8, {"batch_size": 4}, "batch_size=4: must be shared out evenly", None),
+    ],
+)
+def test_an_impossible_layout_names_the_reason_and_the_nearest(layout, world, changes, reason, nearest):
+    recipe = Recipe(**{"batch_size": 8, "seq_len": 32} | changes)
+    with pytest.raises(ValueError, match=re.escape(reason)) as error:
+        layout.check(NANO, recipe, world)
+    assert str(error.value).endswith(f"nearest possible: {nearest}" if nearest else "no layout is possible")
+    if nearest:
+        Layout.parse(nearest, world).check(NANO, recipe, world)
+
+
+def test_without_experts_there_is_nothing_to_share_out():
+    with pytest.raises(ValueError, match="ep=2: there are no experts; .* nearest possible: pp=1,dp=2,ep=1"):
+        Layout(ep=2).check(NANO.replace(first_k_dense_replace=4, num_nextn_predict_layers=0), RECIPE, 2)
+
+
+def test_the_plan_counts_what_the_cost_model_counts():
+    """On one rank, all; over eight, of the experts and of the rest an eighth."""
+    whole = cost.num_parameters(NANO) + cost.mtp_parameters(NANO)
+    bias = 8  # of the MTP module's router
+    alone = parameters_per_rank(Layout(), NANO, RECIPE)
+    assert sum(alone.values()) == pytest.approx(whole, abs=bias)
+    experts = parameters_per_rank(Layout(ep=4, dp=2), NANO, RECIPE)
+    assert experts == {"experts": alone["experts"] // 4, "others": alone["others"]}
+    plan = Layout(ep=4, dp=2).plan(NANO, RECIPE, "cuda")
+    computed = 16 * (alone["experts"] / 8 + alone["others"] / 8)
+    assert f"memory     {computed / 1e6:.2f} MB on the fullest device, computed" in plan
+    assert "1 rows per rank" in plan and "8 processes on cuda: pp=1,dp=2,ep=4" in plan
+
+
+def test_the_plan_of_a_pipeline_names_its_schedule():
+    recipe = Recipe(batch_size=16, seq_len=32)
+    plan = Layout(pp=2, ep=2).plan(NANO, recipe, "cpu")
+    assert "8 rows per rank, 2 at a time" in plan and "dualpipev, 4 stages; 4 micro-batches" in plan
+    timeline = Layout(pp=2, ep=2).pipeline(recipe).simulate()
+    assert f"idle for {max(timeline.bubble) / timeline.makespan:.0%}" in plan
+
+
+def test_v3_on_2048_ranks_as_deepseek_cut_it(seat):
+    """PP16 x EP64 x DP2 (FACTS.md section 6): the ranks of an expert group are neighbours, those of a pipeline far."""
+    layout, recipe = Layout(pp=16, ep=64, dp=2), Recipe(batch_size=15360, seq_len=4096)
+    layout.check(ModelConfig.preset("v3"), recipe, 2048)
+    for rank in (0, 37, 2047):
+        seat(rank, 2048)
+        axes = layout.axes("cpu")
+        assert [axis.size() for axis in axes] == [16, 2, 64, 128]
+        at = [axis.get_local_rank() for axis in axes[:3]]
+        assert at == [rank // 128, rank // 64 % 2, rank % 64] and axes.data.get_local_rank() == rank % 128
+        assert dist.get_process_group_ranks(axes.ep.get_group()) == list(range(rank - rank % 64, rank - rank % 64 + 64))
+        assert dist.get_process_group_ranks(axes.pp.get_group()) == list(range(rank % 128, 2048, 128))
+
+
+@pytest.mark.parametrize("text, world", [("dp=4", 4), ("dp=2,ep=2", 4), ("pp=2,ep=2", 4), ("pp=2,dp=4", 8)])
+def test_what_a_rank_holds_is_what_the_plan_said(seat, text, world):
+    """Counted on every rank: the fullest holds the planned number, and all together hold the model, twins aside."""
+    layout, config = Layout.parse(text, world), ModelConfig.preset("nano", num_hidden_layers=4)
+    recipe = Recipe(batch_size=16, seq_len=32)
+    held, names = [], set()
+    for rank in range(world):
+        seat(rank, world)
+        each = ParallelTrainer(MiniDS(config), counting_data(), recipe, layout)
+        mine = {n: p for n, p in each.model.named_parameters() if p.requires_grad}
+        held.append(sum(local(p).numel() for p in mine.values()))
+        names |= mine.keys()
+        in_experts = {p for m in each.model.modules() if isinstance(m, Experts) for p in m.parameters()}
+        assert all(local(p).numel() * layout.replicas == p.numel() for p in in_experts if not p.is_meta)
+    whole = MiniDS(config)
+    trained = {n: p for n, p in whole.named_parameters() if p.requires_grad}
+    assert names == trained.keys()
+    assert sum(held) == sum(p.numel() for p in trained.values())
+    count = parameters_per_rank(layout, config, recipe)
+    biases = sum(router.bias.numel() for router in whole.routers())
+    planned = count["experts"] / layout.dp + count["others"] / layout.replicas
+    assert max(held) <= planned <= max(held) + biases

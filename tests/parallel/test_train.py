@@ -1,0 +1,235 @@
+"""Training on many processes against training on one: losses, norms, biases, checkpoints; and processes that die."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from training.helpers import RECIPE, counting_data, counting_text
+
+from minids.config import ModelConfig
+from minids.data.tokenizer import load_tokenizer
+from minids.model.transformer import MiniDS
+from minids.parallel import pipeline
+from minids.parallel.mesh import Layout
+from minids.parallel.pipeline import launch
+from minids.parallel.trainer import ParallelTrainer
+from minids.run import Run, load_run, read_metrics, read_text
+from minids.training.checkpoint import latest_checkpoint, load_checkpoint
+from minids.training.loop import Trainer
+
+# Balance and its speed weigh enough that a mistake in them shows; 3 validation rows are no multiple of any ranks.
+SIZES = dict(hidden_size=32, intermediate_size=32, moe_intermediate_size=16, aux_loss_alpha=0.1)
+WANTED = dataclasses.replace(
+    RECIPE, steps=20, batch_size=8, seq_len=12, balance_speed=0.05, learning_rate=3e-3, evaluation_batches=2
+)
+LAYOUTS = {"dp=2": 2, "dp=4": 4, "ep=2": 2, "ep=2,dp=2": 4, "pp=2": 2, "pp=2,ep=2": 4}
+SEEN = ("loss", "mtp_loss", "balance_loss", "gradient_norm", "max_violation")
+
+
+def model(layers=2, **changes):
+    torch.manual_seed(0)
+    return MiniDS(ModelConfig.preset("nano", num_hidden_layers=layers, **SIZES | changes))
+
+
+def trainer(text, world, recipe=WANTED, **changes):
+    """On one process of `world` that follow the layout `text`; the loop of one where it is empty."""
+    if not text:
+        return Trainer(model(**changes), counting_data(), recipe)
+    return ParallelTrainer(model(**changes), counting_data(), recipe, Layout.parse(text, world))
+
+
+def course(each, steps=20):
+    """The metrics of the first steps, the bits per byte after them, and the biases that this rank holds."""
+    metrics = [each.train_step() for _ in range(steps)]
+    biases = {n: p.data for n, p in each.model.named_parameters() if n.endswith("router.bias") and not p.is_meta}
+    return [[m[name] for name in SEEN] for m in metrics], each.evaluate(), biases
+
+
+@functools.cache
+def on_one_process(recipe, layers):
+    return course(trainer("", 1, recipe, layers=layers))
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_the_first_steps_equal_those_of_one_process(text):
+    """Every rank reports the same, and what one process would have."""
+    layers = 4 if "pp" in text else 2  # a stage has at least one, and a rank of DualPipeV two stages
+    recipe = dataclasses.replace(WANTED, micro_batch_size=None if "pp" in text else 2)  # it also cuts the validation
+    expected, bits, biases = on_one_process(recipe, layers)
+    results = launch(lambda rank: course(trainer(text, LAYOUTS[text], recipe, layers=layers)), LAYOUTS[text])
+    seen = set()
+    for metrics, its_bits, its_biases in results:
+        torch.testing.assert_close(torch.tensor(metrics), torch.tensor(expected), atol=1e-5, rtol=0)
+        assert its_bits == pytest.approx(bits, abs=1e-5)
+        assert all(torch.equal(bias, biases[name]) for name, bias in its_biases.items())
+        seen |= its_biases.keys()
+    assert seen == biases.keys() and all(bias.any() for bias in biases.values())
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+SHORT = dataclasses.replace(WANTED, steps=6, micro_batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The third step as it was written under three layouts."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def write(text, world):
+        each = trainer(text, world, SHORT, layers=4)
+        course(each, 3)
+        each.save(folder / text / "checkpoints")
+
+    for text, world in (("ep=2", 2), ("pp=2,ep=2", 4)):
+        launch(lambda rank, text=text, world=world: write(text, world), world)
+    alone = trainer("", 1, SHORT, layers=4)
+    course(alone, 3)
+    alone.save(folder / "one" / "checkpoints")
+    return folder
+
+
+@functools.cache
+def undisturbed():
+    return course(trainer("", 1, SHORT, layers=4), 6)
+
+
+def resumed(text, world, checkpoint):
+    """The steps after the third."""
+    each = trainer(text, world, SHORT, layers=4)
+    each.load(checkpoint)
+    return course(each, 3)
+
+
+@pytest.mark.parametrize(
+    "written, read, world",
+    [("ep=2", "", 1), ("pp=2,ep=2", "", 1), ("pp=2,ep=2", "dp=2", 2), ("ep=2", "pp=2", 2), ("one", "pp=2", 2)],
+)
+def test_a_checkpoint_goes_on_under_any_layout(checkpoints, written, read, world):
+    checkpoint = latest_checkpoint(checkpoints / written / "checkpoints")
+    expected, bits, biases = undisturbed()
+    work = functools.partial(resumed, read, world, checkpoint)
+    for metrics, its_bits, its_biases in launch(lambda rank: work(), world) if read else [work()]:
+        torch.testing.assert_close(torch.tensor(metrics), torch.tensor(expected[3:]), atol=1e-5, rtol=0)
+        assert its_bits == pytest.approx(bits, abs=1e-5)
+        assert all(torch.equal(bias, biases[name]) for name, bias in its_biases.items())
+
+
+def test_a_checkpoint_of_many_looks_like_that_of_one(checkpoints):
+    """The same files with the same names in them, and nothing of the shards is left."""
+    one, *others = (latest_checkpoint(checkpoints / text / "checkpoints") for text in ("one", "ep=2", "pp=2,ep=2"))
+    expected, _ = load_checkpoint(one)
+    for checkpoint in others:
+        assert {path.name for path in checkpoint.iterdir()} == {path.name for path in one.iterdir()}
+        tensors, _ = load_checkpoint(checkpoint)
+        for part in ("model", "optimizer"):
+            assert tensors[part].keys() == expected[part].keys()
+            for name, tensor in tensors[part].items():
+                assert tensor.dtype == expected[part][name].dtype
+                torch.testing.assert_close(tensor, expected[part][name], atol=1e-5, rtol=0)
+
+
+# Processes that die or hang ------------------------------------------------------------------------------------------
+
+
+def test_who_hangs_is_named(monkeypatch):
+    """The others wait as long as the process group allows, here two seconds, and five more for an answer."""
+    monkeypatch.setattr(pipeline, "timedelta", lambda minutes: timedelta(seconds=2))
+
+    def work(rank):
+        each, calls = trainer("dp=2,ep=2", 4), []
+        take_rows = each.rows
+
+        def rows(batch):
+            calls.append(batch)
+            if rank == 2 and len(calls) == 2:
+                time.sleep(60)
+            return take_rows(batch)
+
+        each.rows = rows
+        each.run(progress=False)
+
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="^rank [013] failed: ConnectionError: rank 2 died or hangs since step 2: "):
+        launch(work, 4)
+    assert time.monotonic() - began < 30
+
+
+def test_all_stop_when_one_is_asked_to(tmp_path):
+    """SIGTERM to one rank: every rank leaves after the same step, and the checkpoint of that step is there."""
+
+    def work(rank):
+        each = trainer("dp=2", 2)
+
+        def after(metrics):
+            if rank == 1 and metrics["step"] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return len(each.run(directory=tmp_path, progress=False, on_step=after))
+
+    assert launch(work, 2) == [3, 3]
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "step-00000003"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+COMMAND = "train --preset nano --tokenizer bytes --data text.jsonl --name run --device cpu --parallel ep=2 --steps 10"
+COMMAND += " --batch-size 4 --seq-len 32 --warmup-steps 2 --evaluate-every 10 --checkpoint-every 3"
+COMMAND += " --evaluation-batches 1"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's children in /proc")
+def test_torchrun_starts_again_after_a_kill_with_the_same_curve(tmp_path):
+    """Killed after the fourth step, the run goes on from the third, and its result loads in one process."""
+    lines = (json.dumps({"text": document.text, "domain": document.domain}) for document in counting_text())
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    agent = subprocess.Popen(
+        [*torchrun, "-m", "minids", *COMMAND.split()], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "runs/run/metrics.jsonl"
+    try:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 4):
+            assert agent.poll() is None, agent.stdout.read()
+            time.sleep(0.02)
+        ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        output, _ = agent.communicate(timeout=200)
+    finally:
+        agent.kill()
+    assert agent.returncode == 0, output
+    assert output.count("plan: 2 processes on cpu: pp=1,dp=1,ep=2") == 2  # said at each start
+
+    run = Run.load(tmp_path / "runs/run")
+    tokenizer = load_tokenizer(tmp_path / "runs/run")
+    text = read_text(dataclasses.replace(run, data=(str(tmp_path / "text.jsonl"),)), tokenizer)
+    torch.manual_seed(run.recipe.seed)
+    alone = Trainer(MiniDS(run.config), text, run.recipe)
+    expected = [alone.train_step()["loss"] for _ in range(10)]
+    lines = read_metrics(tmp_path / "runs/run")
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["loss"] for line in lines] == pytest.approx(expected, abs=1e-4)
+    assert lines[-1]["validation_bits_per_byte"] == pytest.approx(alone.evaluate(), abs=1e-4)
+    model, _ = load_run(tmp_path / "runs/run")
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, alone.model.state_dict()[name], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "recipe, layout, text",
+    [(WANTED, "dp=3", "batch_size=8: must be shared out"), (WANTED, "dp=4", "must be the 3 processes")],
+)
+def test_an_impossible_layout_is_refused(recipe, layout, text):
+    with pytest.raises(RuntimeError, match=text):
+        launch(lambda rank: trainer(layout, 3, recipe), 3)

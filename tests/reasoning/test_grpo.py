@@ -1,0 +1,196 @@
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minids.reasoning.grpo import VARIANTS, group_advantages, grpo_loss, is_flat, kl_estimate, token_weights
+
+LENGTHS = (3, 5, 1, 4)
+FIRST = (2, 0, 1, 1)  # where each row's sampled tokens begin
+
+
+@pytest.fixture
+def batch():
+    """Ratios on both sides of both clips for advantages of both signs, and rubbish where nothing was sampled."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (4, 7)
+    logp, old, ref = (torch.randn(shape, generator=generator, dtype=torch.float64) * 0.4 - 1 for _ in range(3))
+    position = torch.arange(7)
+    mask = torch.stack([(position >= f) & (position < f + n) for f, n in zip(FIRST, LENGTHS, strict=True)])
+    advantages = torch.tensor([1.3, -0.7, -1.1, 0.5], dtype=torch.float64)
+    return logp.requires_grad_(), old, ref, advantages, mask
+
+
+def by_hand(batch, *, averaging, ratio, clip_low=0.2, clip_high=0.2, kl_weight=0.0, max_length=None):
+    """The formulas, a token at a time: DeepSeekMath eq. 3 and 4, Dr. GRPO, DAPO, GSPO."""
+    logp, old, ref, advantages, mask = batch
+    total_tokens, loss = sum(LENGTHS), 0.0
+    for i, n in enumerate(LENGTHS):
+        tokens = range(FIRST[i], FIRST[i] + n)
+        mean_log_ratio = sum(logp[i, t] - old[i, t] for t in tokens) / n
+        for t in tokens:
+            rho = torch.exp(mean_log_ratio if ratio == "sequence" else logp[i, t] - old[i, t])
+            a = advantages[i].item()
+            if a > 0:
+                objective = a * min(rho, torch.tensor(1 + clip_high, dtype=torch.float64))
+            else:
+                objective = a * max(rho, torch.tensor(1 - clip_low, dtype=torch.float64))
+            r = torch.exp(ref[i, t] - logp[i, t])
+            term = -(objective - kl_weight * (r - torch.log(r) - 1))
+            divisor = {
+                "sequence": n * len(LENGTHS),
+                "token": total_tokens,
+                "constant": len(LENGTHS) * (max_length or 0),
+            }[averaging]
+            loss = loss + term / divisor
+    return loss
+
+
+SETTINGS = {
+    "grpo": dict(averaging="sequence", ratio="token", kl_weight=0.04),
+    "dr_grpo": dict(averaging="constant", ratio="token", max_length=9),
+    "dapo": dict(averaging="token", ratio="token", clip_high=0.28),
+    "gspo": dict(averaging="sequence", ratio="sequence", clip_low=0.03, clip_high=0.04),
+}
+
+
+@pytest.mark.parametrize("variant", SETTINGS)
+def test_every_variant_is_its_formula(batch, variant):
+    settings = {"kl_weight": 0.0} | SETTINGS[variant]
+    logp, old, ref, advantages, mask = batch
+    loss, _ = grpo_loss(logp, old, ref, advantages, mask, **settings)
+    expected = by_hand(batch, **settings)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    (expected_gradient,) = torch.autograd.grad(expected, logp)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
+    assert (gradient[~mask] == 0).all() and (gradient[mask] != 0).any()
+
+
+def test_the_named_variants_are_those_of_the_formulas():
+    """What VARIANTS sets is what the formulas above say; clips and KL of GRPO and GSPO are left to the recipe."""
+    for name, settings in SETTINGS.items():
+        assert all(VARIANTS[name][key] == settings[key] for key in ("averaging", "ratio"))
+    assert VARIANTS["dapo"]["clip_high"] == SETTINGS["dapo"]["clip_high"]
+    assert [name for name in VARIANTS if not VARIANTS[name]["scale_by_std"]] == ["dr_grpo"]
+
+
+def test_the_clip_holds_one_side_for_each_sign():
+    """PITFALLS k: a good token may not grow likelier than 1 + high, a bad one not unlikelier than 1 - low."""
+    rho = torch.tensor([0.5, 0.9, 1.1, 1.5], dtype=torch.float64)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    for advantage, moved in ((1.0, [True, True, True, False]), (-1.0, [False, True, True, True])):
+        logp = rho.log()[None].requires_grad_()
+        loss, stats = grpo_loss(
+            logp, torch.zeros_like(logp), None, torch.tensor([advantage], dtype=torch.float64), mask, kl_weight=0.0
+        )
+        loss.backward()
+        assert (logp.grad[0] != 0).tolist() == moved
+        assert (logp.grad[0].sign() * -advantage >= 0).all()
+        assert stats["clipped"] == 1
+
+
+def test_on_the_first_update_the_loss_is_nothing_and_the_gradient_is_not(batch):
+    """Advantages of a group add up to 0, so with ratio 1 the mean over sequences does too (PITFALLS 24)."""
+    logp, _, _, _, mask = batch
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=torch.float64))[0]
+    loss, stats = grpo_loss(logp, logp.detach(), None, advantages, mask, kl_weight=0.0)
+    loss.backward()
+    assert abs(loss.item()) < 1e-12 and stats["clipped"] == 0
+    weights = token_weights(mask, "sequence")
+    torch.testing.assert_close(logp.grad, -advantages[:, None] * weights)
+
+
+@pytest.mark.parametrize("averaging", ["sequence", "token", "constant"])
+def test_micro_batches_add_up_to_the_batch(batch, averaging):
+    logp, old, ref, advantages, mask = batch
+    options = dict(averaging=averaging, max_length=9, kl_weight=0.1)
+    whole, stats = grpo_loss(logp, old, ref, advantages, mask, **options)
+    weights = token_weights(mask, averaging, 9)
+    parts = [
+        grpo_loss(logp[i], old[i], ref[i], advantages[i], mask[i], kl_weight=0.1, weights=weights[i])
+        for i in (slice(0, 1), slice(1, 4))
+    ]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
+    for name in stats:
+        torch.testing.assert_close(sum(part[name] for _, part in parts), stats[name])
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1], [1.1, 0.1, 1.0, 0.0]], dtype=torch.float64)
+    std = math.sqrt((0.75**2 + 3 * 0.25**2) / 3)  # the sample's: divided by 3
+    scaled = group_advantages(rewards)
+    assert scaled[0].tolist() == pytest.approx([0.75 / (std + 1e-4)] + [-0.25 / (std + 1e-4)] * 3, abs=1e-12)
+    assert group_advantages(rewards, scale_by_std=False)[0].tolist() == [0.75, -0.25, -0.25, -0.25]
+    assert (scaled[1] == 0).all() and is_flat(rewards).tolist() == [False, True, False]
+    assert scaled.sum(1).abs().max() < 1e-12
+    # 0.1 has no exact form: the mean of 16 of them is not 0.1, and a division by eps would blow the difference up
+    assert (group_advantages(torch.full((1, 16), 0.1)) == 0).all()
+    with pytest.raises(ValueError, match="group_size=1: a group needs at least 2"):
+        group_advantages(torch.ones(3, 1))
+
+
+def test_gradients_of_the_estimators_on_six_outcomes():
+    """PITFALLS 25 and l: the expected gradients, exactly, summed over all outcomes."""
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(6, generator=generator, dtype=torch.float64).requires_grad_()
+    ref = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0)
+
+    def gradient(value):
+        return torch.autograd.grad(value, theta)[0]
+
+    logp = theta.log_softmax(0)
+    p = logp.detach().exp()
+    reverse = gradient((logp.exp() * (logp - ref)).sum())
+    forward = gradient((ref.exp() * (ref - theta.log_softmax(0))).sum())
+    k1, k2, k3 = (gradient((p * kl_estimate(theta.log_softmax(0), ref, kind)).sum()) for kind in ("k1", "k2", "k3"))
+    torch.testing.assert_close(k1, torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(k2, reverse, rtol=0, atol=1e-14)
+    torch.testing.assert_close(k3, forward, rtol=0, atol=1e-14)
+    assert (reverse - forward).norm() > 0.1  # they do differ
+    # as values: k1 and k3 are unbiased, and k3 is never negative
+    kl = (p * (logp.detach() - ref)).sum()
+    for kind in ("k1", "k3"):
+        torch.testing.assert_close((p * kl_estimate(logp.detach(), ref, kind)).sum(), kl)
+    assert (kl_estimate(logp.detach(), ref) >= 0).all() and (kl_estimate(logp.detach(), ref, "k1") < 0).any()
+
+
+def test_averaging_by_a_constant_needs_the_constant():
+    with pytest.raises(ValueError, match="max_length=None"):
+        token_weights(torch.ones(2, 3, dtype=torch.bool), "constant")
+
+
+@pytest.mark.parametrize("variant", SETTINGS)
+@pytest.mark.parametrize("kl_weight", [0.0, 0.04])
+def test_every_variant_is_trl_s_loss(batch, variant, kl_weight):
+    """TRL's own loss, called on a stand-in for its trainer, so that no model has to be made."""
+    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
+    settings = {"clip_low": 0.2, "clip_high": 0.2, "max_length": 9} | SETTINGS[variant] | {"kl_weight": kl_weight}
+    logp, old, ref, advantages, mask = batch
+    accelerator = SimpleNamespace(
+        gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=False
+    )
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logp, torch.zeros_like(logp), None),
+        _metrics=defaultdict(lambda: defaultdict(list)), _entropy_bonus_enabled=False, accelerator=accelerator,
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+        importance_sampling_level=settings["ratio"], beta=kl_weight, model=SimpleNamespace(training=False),
+        epsilon_low=settings["clip_low"], epsilon_high=settings["clip_high"], max_completion_length=9,
+        loss_type={"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}[settings["averaging"]],
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
+    )  # fmt: skip
+    ids = torch.zeros(mask.shape, dtype=torch.int64)
+    inputs = dict(
+        prompt_ids=ids, prompt_mask=ids, completion_ids=ids, completion_mask=mask.long(), advantages=advantages,
+        old_per_token_logps=old, ref_per_token_logps=ref, num_items_in_batch=mask.sum(),
+    )  # fmt: skip
+    theirs = grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
+    ours, stats = grpo_loss(logp, old, ref, advantages, mask, **settings)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, logp)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    if settings["ratio"] == "token":
+        (clipped,) = trainer._metrics["eval"]["clip_ratio/region_mean"]
+        assert stats["clipped"].item() / mask.sum().item() == pytest.approx(clipped)

@@ -1,0 +1,157 @@
+import pytest
+
+from minids.data.tokenizer import ByteTokenizer
+from minids.reasoning.rewards import (
+    R1_ZERO_WEIGHTS,
+    RuleReward,
+    exact_answer,
+    has_form,
+    language_consistency,
+    read_response,
+    unit_tests,
+)
+from minids.reasoning.sandbox import Verdict
+from minids.reasoning.tasks import Problem, SymbolTokenizer
+
+PROBLEM = Problem("a7 b+8?", "15")
+
+
+def read(text, tokenizer=None):
+    tokenizer = tokenizer or ByteTokenizer()
+    return read_response(tokenizer.encode(text, allow_special=True), tokenizer)
+
+
+RIGHT = "<think>7+8=15</think><answer>15</answer><eos>"
+
+
+def test_the_template_earns_both_rewards():
+    response = read(RIGHT)
+    assert response.thought == "7+8=15" and response.answer == "15" and response.ended
+    assert exact_answer(PROBLEM, response) == 1 and has_form(response) == 1
+    assert exact_answer(Problem("", "16"), response) == 0
+    assert read("<think></think><answer>15</answer><eos>").well_formed  # an empty thought has the form
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<eos>",
+        "15<eos>",
+        "<think>7+8=15</think>15<eos>",
+        "<think>7+8=15</think><answer>15<eos>",
+        "<think>7+8=15<answer>15</answer><eos>",  # the thought is never closed, so the answer stands in it
+        "<think><answer>15</answer></think><eos>",
+        "<think><answer>15</answer></think><answer>16</answer><eos>",
+        "<think></think><answer>14</answer><answer>15</answer><eos>",
+        "<think></think><answer>15</answer><answer>15</answer><eos>",
+        "<think></think><answer>15</answer>",  # cut off
+        "<think></think><answer>15</answer> or 16<eos>",
+        "<think></think><answer>15</answer><eos><eos>",
+        "<eos><think></think><answer>15</answer><eos>",
+        "<answer>15</answer><think></think><eos>",
+        "<think></think><think></think><answer>15</answer><eos>",
+        "</think><answer>15</answer><eos>",
+        "<think>" + "7+8=15 " * 500,
+        "<think></think><answer>" + "1" * 2000 + "</answer><eos>",
+        "<think></think><answer></answer><eos>",
+        "<think></think><answer>１５</answer><eos>",  # noqa: RUF001 - full-width digits, which int() reads as 15
+        "<think></think><answer>١٥</answer><eos>",  # Arabic-Indic digits, which int() reads as 15
+        "<think></think><answer>1 5</answer><eos>",
+        "<think></think><answer>15.0</answer><eos>",
+        "<think></think><answer>14 15 16</answer><eos>",
+    ],
+)
+def test_no_answer_is_not_right(text):
+    assert exact_answer(PROBLEM, read(text)) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<eos>",
+        "<think></think><answer>15</answer>",
+        "x<think></think><answer>15</answer><eos>",
+        "<think></think>so<answer>15</answer><eos>",
+        "<think></think><answer>15</answer>x<eos>",
+        "<think></think><answer>15</answer><eos>x",
+        "<answer>15</answer><eos>",
+        "<think>7<think>8</think><answer>15</answer><eos>",
+        "<think>7<eos></think><answer>15</answer><eos>",
+    ],
+)
+def test_what_has_not_the_form(text):
+    assert has_form(read(text)) == 0
+
+
+def test_an_answer_without_a_thought_is_an_answer():
+    response = read("<answer> 15\n</answer><eos>")
+    assert exact_answer(PROBLEM, response) == 1 and has_form(response) == 0
+
+
+def test_tags_that_are_spelt_out_are_no_tags():
+    """Bytes that read <answer> are seven characters, not the token."""
+    tokenizer = ByteTokenizer()
+    forged = [*tokenizer.encode("<think></think><answer>15</answer>"), tokenizer.eos_id]
+    response = read_response(forged, tokenizer)
+    assert response.answer is None and not response.well_formed and response.ended
+
+
+def test_a_token_beyond_the_tokenizer_spoils_the_answer():
+    """A model's vocabulary may be padded."""
+    tokenizer = ByteTokenizer()
+    tokens = tokenizer.encode(RIGHT, allow_special=True)
+    at = tokens.index(tokenizer.token_id("</answer>"))
+    spoilt = read_response([*tokens[:at], tokenizer.vocab_size, *tokens[at:]], tokenizer)
+    assert exact_answer(PROBLEM, spoilt) == 0 and spoilt.answer == "15\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("thought", "english", "chinese"),
+    [
+        ("b7+8=15 then c15-9=6", 1.0, 0.0),
+        ("b7+8=15 然后 c15-9=6", 0.0, 1.0),
+        ("b7+8=15 then c15-9=6 然后 d6*3=18 so 18", 2 / 3, 1 / 3),
+        ("7+8=15", 1.0, 1.0),
+        ("b c d", 1.0, 1.0),
+    ],
+)
+def test_language_consistency_counts_words(thought, english, chinese):
+    response = read(f"<think>{thought}</think><answer>18</answer><eos>")
+    assert language_consistency(response) == pytest.approx(english)
+    assert language_consistency(response, "zh") == pytest.approx(chinese)
+
+
+def test_without_a_thought_there_is_no_language():
+    assert language_consistency(read("<answer>then</answer><eos>")) == 0
+
+
+def program(text):
+    return read(f"<think></think><answer>{text}</answer><eos>", SymbolTokenizer())
+
+
+def test_unit_tests_ask_the_judge_once_for_each_program():
+    asked = []
+
+    def judge(jobs):
+        asked.append(jobs)
+        return [Verdict("a+2" in program, "", 0.0) for program, _ in jobs]
+
+    good, bad, empty = program("def f(a): b=a+2; return b"), program("def f(a): return 3"), program("")
+    cut = read("<think></think><answer>", SymbolTokenizer())
+    problem, other = Problem("", tests="assert f(1) == 3"), Problem("", tests="assert f(5) == 7")
+    verdicts = unit_tests([problem] * 5 + [other], [good, bad, good, empty, cut, good], judge)
+    assert verdicts == [1, 0, 1, 0, 0, 1]
+    assert asked == [[(good.answer, problem.tests), (bad.answer, problem.tests), (good.answer, other.tests)]]
+    assert unit_tests([problem], [empty], judge) == [0] and len(asked) == 1
+
+
+def test_the_sum_weighs_the_parts():
+    right, wrong_form = RuleReward(R1_ZERO_WEIGHTS)([PROBLEM] * 2, [read(RIGHT), read("<answer>15</answer><eos>")])
+    assert right.total == pytest.approx(1.1) and wrong_form.total == 1.0
+    assert right.parts == {"accuracy": 1, "format": 1, "language": 1}
+    (score,) = RuleReward({"language": 0.5}, language="zh")([PROBLEM], [read("<think>wait 等等</think><eos>")])
+    assert score.parts == {"accuracy": 0, "format": 0, "language": 0.5} and score.total == 0.25
+    with pytest.raises(ValueError, match="there is no part 'lenght'"):
+        RuleReward({"lenght": 1.0})
