@@ -1,7 +1,7 @@
-"""Text to token ids and back: plain bytes, or byte-level BPE through Hugging Face's `tokenizers`.
+"""Text to token ids and back: plain bytes, byte-level BPE through Hugging Face's `tokenizers`, or a list of symbols.
 
 Notable choices:
-- both tokenizers are lossless for every string and share the nine special tokens, which take the last ids;
+- the first two are lossless for every string; all share the nine special tokens, which take the last ids;
 - text can not forge a special token: `encode` reads "<think>" as seven characters unless `allow_special=True`;
 - a token's bytes are known (`token_bytes`), so losses compare across tokenizers as bits per byte.
 """
@@ -29,7 +29,7 @@ _FILE = "tokenizer.json"
 
 
 class Tokenizer(ABC):
-    """What both tokenizers can do. A subclass says how text becomes ids, and how it is written to a file.
+    """What all tokenizers can do. A subclass says how text becomes ids, and how it is written to a file.
 
     `token_texts[i]` is the bytes of text that token i stands for. The special tokens follow it, in the order of
     SPECIAL_TOKENS, and stand for no text.
@@ -168,8 +168,30 @@ class BPETokenizer(Tokenizer):
         return self._core.to_str()
 
 
+class SymbolTokenizer(Tokenizer):
+    """A token for each of some symbols, the longest that fits first; knows no other text."""
+
+    def __init__(self, symbols: Sequence[str]) -> None:
+        super().__init__([symbol.encode() for symbol in symbols])
+        longest_first = sorted(symbols, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) + "|(.)", re.DOTALL)
+        self._ids = {symbol: i for i, symbol in enumerate(symbols)}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
+        """Raises ValueError for text that is not made of the symbols."""
+        return [np.array([self._id(match) for match in self._pattern.finditer(text)], self.dtype) for text in texts]
+
+    def _id(self, match: re.Match) -> int:
+        if match[1] is not None:
+            raise ValueError(f"text {match.string!r}: {match[1]!r} is no symbol of this tokenizer")
+        return self._ids[match[0]]
+
+    def _to_json(self) -> str:
+        return json.dumps({"type": "symbols", "symbols": list(self._ids)})
+
+
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Read a tokenizer of either kind from its file, or from the directory that it was saved in.
+    """Read a tokenizer of any kind from its file, or from the directory that it was saved in.
 
     Raises ValueError, one line, where the file is missing, damaged, or no tokenizer of this package.
     """
@@ -184,6 +206,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise ValueError(f"tokenizer {path} is damaged: {error}") from None
     if content == {"type": "byte", "special_tokens": list(SPECIAL_TOKENS)}:
         return ByteTokenizer()
+    match content:
+        case {"type": "symbols", "symbols": [*symbols]} if all(isinstance(symbol, str) for symbol in symbols):
+            return SymbolTokenizer(symbols)
     if not (isinstance(content, dict) and "model" in content):
         raise ValueError(f"tokenizer {path} is of an unknown kind: neither minids' bytes nor Hugging Face's tokenizer")
     try:

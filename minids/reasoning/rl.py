@@ -45,7 +45,7 @@ from minids.training.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from minids.training.loop import Diverged, _remove, _stop_requests
+from minids.training.loop import Diverged, remove_checkpoint, stop_requests
 from minids.training.metrics import Metrics, cut_metrics, metrics_file
 from minids.training.optimizer import make_optimizers, set_learning_rate
 
@@ -159,7 +159,7 @@ class RLTrainer:
         if directory is not None:
             cut_metrics(directory / "metrics.jsonl", self.step if resume else -1)
         bar = tqdm(total=steps, initial=self.step, unit="step", disable=not progress, dynamic_ncols=True)
-        with bar, _stop_requests() as stop_requested, metrics_file(directory) as write:
+        with bar, stop_requests() as stop_requested, metrics_file(directory) as write:
 
             def report(metrics: Metrics) -> None:
                 write(metrics)
@@ -310,7 +310,7 @@ class RLTrainer:
         if not destination.exists():
             save_checkpoint(destination, tensors, state)
         for old in sorted(directory.glob("step-*"))[:-2]:
-            _remove(old)
+            remove_checkpoint(old)
 
     def load(self, folder: Path) -> None:
         """Go on where the checkpoint was written. Raises `ValueError` where it is damaged or of another run."""

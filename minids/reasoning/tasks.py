@@ -6,19 +6,14 @@ answers at once, often breaks the format and mixes two languages: what R1-Zero c
 """
 
 import functools
-import json
 import random
-import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from jaxtyping import Integer
-
-from minids.data.tokenizer import Tokenizer
+from minids.data.tokenizer import SymbolTokenizer
 
 LABELS = "abcdefgh"
 WORDS = {"en": (" then", " wait", " so "), "zh": (" 然后", " 等等", " 所以 ")}
@@ -29,28 +24,6 @@ SYMBOLS = (
     *(f" {label}" for label in LABELS),
     *(" plus ", " minus ", " times ", "some", ", f(", ")=", "def f(a):", ";", " return "),
 )
-
-
-class SymbolTokenizer(Tokenizer):
-    """A token per symbol of the problems: 9 special tokens and 47 others. Knows no other text."""
-
-    _pattern = re.compile("|".join(map(re.escape, sorted(SYMBOLS, key=len, reverse=True))) + "|(.)", re.DOTALL)
-    _ids = {symbol: i for i, symbol in enumerate(SYMBOLS)}
-
-    def __init__(self) -> None:
-        super().__init__([symbol.encode() for symbol in SYMBOLS])
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
-        """Raises ValueError for text that no problem holds."""
-        return [np.array([self._id(match) for match in self._pattern.finditer(text)], self.dtype) for text in texts]
-
-    def _id(self, match: re.Match) -> int:
-        if match[1] is not None:
-            raise ValueError(f"text {match.string!r}: {match[1]!r} is no symbol of the problems")
-        return self._ids[match[0]]
-
-    def _to_json(self) -> str:
-        return json.dumps({"type": "symbols", "symbols": SYMBOLS})
 
 
 @dataclass(frozen=True)
@@ -134,7 +107,7 @@ class Task(ABC):
     document_difficulties: tuple[int, ...]
 
     def __init__(self) -> None:
-        self.tokenizer = SymbolTokenizer()
+        self.tokenizer = SymbolTokenizer(SYMBOLS)
 
     def draw(self, rng: random.Random, count: int) -> list[Problem]:
         """Training problems, balanced over the difficulties."""

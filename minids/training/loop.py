@@ -167,7 +167,7 @@ class Trainer:
             cut_metrics(written / "metrics.jsonl", self.step)
         history, hidden = [], not (progress and self.writes_files)
         bar = tqdm(total=steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
-        with bar, _stop_requests() as stop_requested, metrics_file(written) as write:
+        with bar, stop_requests() as stop_requested, metrics_file(written) as write:
             while self.step < steps and not self.should_stop(stop_requested.is_set()):
                 metrics = self.train_step()
                 if self.step == steps or self.step % self.recipe.evaluate_every == 0:
@@ -277,7 +277,7 @@ class Trainer:
         if not destination.exists():
             self.write_checkpoint(destination, tensors, state)
         for old in sorted(directory.glob("step-*"))[:-2] if self.writes_files else ():
-            _remove(old)
+            remove_checkpoint(old)
 
     write_checkpoint = staticmethod(save_checkpoint)
 
@@ -314,7 +314,7 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
     return (Batch(*part) for part in zip(*parts, strict=True))
 
 
-def _remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     """Delete, with the file that makes it a checkpoint first, so that a half-deleted one is none."""
     (checkpoint / "state.json").unlink(missing_ok=True)
     for path in checkpoint.iterdir():
@@ -323,7 +323,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C (or SIGTERM) sets; the second interrupts at once. Only the main thread listens."""
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():

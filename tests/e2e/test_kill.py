@@ -37,7 +37,7 @@ KILLS = {
     "before the second checkpoint is on disk": ("minids.files", "_flush", 8, "before"),
     "before the second checkpoint is renamed": ("minids.files", "_flush", 10, "after"),
     "after the second checkpoint is renamed": ("minids.files", "_flush", 12, "before"),
-    "while deleting an old checkpoint": ("minids.training.loop", "_remove", 1, "before"),
+    "while deleting an old checkpoint": ("minids.training.loop", "remove_checkpoint", 1, "before"),
 }
 
 

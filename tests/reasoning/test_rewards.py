@@ -1,6 +1,6 @@
 import pytest
 
-from minids.data.tokenizer import ByteTokenizer
+from minids.data.tokenizer import ByteTokenizer, SymbolTokenizer
 from minids.reasoning.rewards import (
     R1_ZERO_WEIGHTS,
     RuleReward,
@@ -11,7 +11,7 @@ from minids.reasoning.rewards import (
     unit_tests,
 )
 from minids.reasoning.sandbox import Verdict
-from minids.reasoning.tasks import Problem, SymbolTokenizer
+from minids.reasoning.tasks import SYMBOLS, Problem
 
 PROBLEM = Problem("a7 b+8?", "15")
 
@@ -128,7 +128,7 @@ def test_without_a_thought_there_is_no_language():
 
 
 def program(text):
-    return read(f"<think></think><answer>{text}</answer><eos>", SymbolTokenizer())
+    return read(f"<think></think><answer>{text}</answer><eos>", SymbolTokenizer(SYMBOLS))
 
 
 def test_unit_tests_ask_the_judge_once_for_each_program():
@@ -139,7 +139,7 @@ def test_unit_tests_ask_the_judge_once_for_each_program():
         return [Verdict("a+2" in program, "", 0.0) for program, _ in jobs]
 
     good, bad, empty = program("def f(a): b=a+2; return b"), program("def f(a): return 3"), program("")
-    cut = read("<think></think><answer>", SymbolTokenizer())
+    cut = read("<think></think><answer>", SymbolTokenizer(SYMBOLS))
     problem, other = Problem("", tests="assert f(1) == 3"), Problem("", tests="assert f(5) == 7")
     verdicts = unit_tests([problem] * 5 + [other], [good, bad, good, empty, cut, good], judge)
     assert verdicts == [1, 0, 1, 0, 0, 1]

@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from minids.reasoning.tasks import LARGEST, TASKS, Chain, ProgramTask, SymbolTokenizer, TraceTask, Web, write_steps
+from minids.data.tokenizer import SymbolTokenizer, load_tokenizer
+from minids.reasoning.tasks import LARGEST, SYMBOLS, TASKS, Chain, ProgramTask, TraceTask, Web, write_steps
 
 PERFECT = Web(slip=0, wrong_step=0, broken_format=0, cheating=0)
 
@@ -39,9 +40,13 @@ def test_the_tokenizer_is_lossless_and_knows_no_other_text(task):
         tokenizer.encode("<think>")
 
 
-def test_the_tokenizer_is_written_to_a_file(tmp_path):
-    SymbolTokenizer().save(tmp_path)
-    assert '"symbols"' in (tmp_path / "tokenizer.json").read_text()
+def test_the_tokenizer_is_read_from_its_file(tmp_path, task):
+    SymbolTokenizer(SYMBOLS).save(tmp_path)
+    text = task.document(random.Random(0))
+    assert load_tokenizer(tmp_path).encode(text, allow_special=True) == task.tokenizer.encode(text, allow_special=True)
+    (tmp_path / "tokenizer.json").write_text('{"type": "symbols", "symbols": [1, 2]}')
+    with pytest.raises(ValueError, match="of an unknown kind"):
+        load_tokenizer(tmp_path)
 
 
 def test_training_and_held_out_share_no_problem(task):
