@@ -230,8 +230,14 @@ def grade_command(
     for path in filter(None, (csv, junit)):
         if not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}")
-    print("minids: this runs the students' code as you, on this machine, with limits on time and memory only; ", end="")
-    print("notebooks from people you do not trust belong in a container or an account of their own", flush=True)
+    if grade.walls_stand():
+        warning = "notebooks run behind walls: each sees its own folder, Python and this package, and no network"
+    else:
+        warning = (
+            "this runs the students' code as you, on this machine, with limits on time and memory only; "
+            "notebooks from people you do not trust belong in a container or an account of their own"
+        )
+    print(f"minids: {warning}", flush=True)
     grades = grade.grade(submissions, grade.Limits(seconds=seconds))
     print("\n".join(grade.as_text(grades)))
     if csv is not None:

@@ -5,18 +5,22 @@ runs in a fresh kernel of its own. Nothing but the names it defines at its end c
 or deleted neither earn nor lose points. Output is never collected, so a notebook may print without end; time and (on
 Linux) memory are limited; a kernel that does not stop when it is asked to is killed.
 
-What this does not do: keep a malicious notebook away from the machine. It runs as the user who grades.
+Where bubblewrap can build walls (Linux), a notebook runs behind them: it sees its own folder, Python and this package,
+has no network, and can write nowhere but to a /tmp of its own. Elsewhere it runs as the user who grades.
 """
 
 import ast
 import contextlib
 import csv
+import functools
 import json
 import os
 import queue
 import re
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -28,6 +32,7 @@ from tqdm import tqdm
 
 from minids.course.checks import Exercise, exercises
 from minids.course.notebooks import ROOT, environment, read
+from minids.reasoning.sandbox_walls import PYTHON, READABLE, NoWalls, bubblewrap
 
 NAME = re.compile(r"(\d\d)_\w+\.ipynb")
 CHAPTERS = {int(module.stem[-2:]) for module in Path(__file__).with_name("exercises").glob("chapter*.py")}
@@ -156,6 +161,26 @@ def _ask(kernel: "Kernel", exercise: Exercise, seconds: float, trouble: str) -> 
     return status, points, "not started yet" if status == "todo" else to_mend
 
 
+@functools.cache
+def walls_stand() -> bool:
+    """Whether notebooks can run behind walls here."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [*_walls(Path(folder), Path(folder)), sys.executable, "-c", ""]
+            return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+    except (NoWalls, OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _walls(folder: Path, sockets: Path) -> list[str]:
+    """Everything that a notebook of `folder` may see; of this project the package only, not the solutions."""
+    package = str(ROOT / "minids")
+    seen = [*READABLE, PYTHON, sys.prefix, sys.base_prefix, package, str(folder)]
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": "/tmp", "PATH": os.defpath}
+    own = ["--proc", "/proc", "--dev", "/dev", "--bind", str(sockets), str(sockets), "--chdir", str(folder)]
+    return bubblewrap(seen, 2**30, variables, *own)
+
+
 _SILENCE = """
 import os, sys
 sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -170,7 +195,16 @@ class Kernel:
     """
 
     def __init__(self, folder: Path, memory: int):
-        self.manager = KernelManager(kernel_name="python3")
+        self.sockets = tempfile.TemporaryDirectory()
+        place = Path(self.sockets.name)
+        if walls_stand():  # without a network, the kernel is reached through files
+            channels = dict(transport="ipc", ip=str(place / "kernel"))
+            self.manager = KernelManager(connection_file=str(place / "connection.json"), **channels)
+            spec = self.manager.kernel_spec
+            spec.argv = [*_walls(folder.resolve(), place), sys.executable, *spec.argv[1:]]
+            spec.interrupt_mode = "message"
+        else:
+            self.manager = KernelManager()
         nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.manager.start_kernel(cwd=str(folder), env=environment(), **nowhere)
         self.client: BlockingKernelClient = self.manager.blocking_client()
@@ -190,6 +224,7 @@ class Kernel:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.manager.provisioner.pgid, signal.SIGKILL)
         self.manager.shutdown_kernel(now=True)
+        self.sockets.cleanup()
 
     def run(self, source: str, deadline: float) -> str:
         """Run a cell; what went wrong in one line, or nothing. Raises `KernelLost`."""

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,6 +77,14 @@ def _rlimits(limits: Limits) -> dict[str, int]:
 
 
 def _bubblewrap(limits: Limits) -> list[str]:
+    return bubblewrap([*READABLE, PYTHON], 16 * limits.file, {}, "--dev-bind", "/dev/null", "/dev/null")
+
+
+def bubblewrap(readable: Iterable[str], size: int, environment: Mapping[str, str], *more: str) -> list[str]:
+    """What comes before a command so that it sees nothing but `readable`, and an empty /tmp of `size` bytes.
+
+    `more` are further options of bubblewrap. Raises `NoWalls` where bubblewrap is not installed.
+    """
     path = shutil.which("bwrap")
     if path is None:
         try:
@@ -85,10 +94,11 @@ def _bubblewrap(limits: Limits) -> list[str]:
         except (ImportError, RuntimeError):  # RuntimeError: the package came without the program
             raise NoWalls("bubblewrap: not installed") from None
     options = "--unshare-all --die-with-parent --new-session --clearenv --cap-drop ALL --uid 65534 --gid 65534"
-    folders = f"--size {16 * limits.file} --tmpfs /tmp --chdir /tmp --dev-bind /dev/null /dev/null"
-    mounts = [word for place in [*READABLE, PYTHON] for word in ("--ro-bind-try", place, place)]
-    libraries = ["--setenv", "LD_LIBRARY_PATH", LIBRARIES]
-    return [str(path), *options.split(), *libraries, *mounts, *folders.split(), "--remount-ro", "/", "--"]
+    mounts = [word for place in readable for word in ("--ro-bind-try", place, place)]
+    variables = {"LD_LIBRARY_PATH": LIBRARIES} | dict(environment)
+    settings = [word for name, value in variables.items() for word in ("--setenv", name, value)]
+    folders = f"--size {size} --tmpfs /tmp --chdir /tmp"
+    return [str(path), *options.split(), *settings, *folders.split(), *mounts, *more, "--remount-ro", "/", "--"]
 
 
 SYSTEM_CALLS = """

@@ -1,6 +1,7 @@
 """A folder of submissions becomes the right table, whatever the notebooks in it do."""
 
 import csv
+import socket
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -133,6 +134,40 @@ def test_the_table_as_text_csv_and_junit(graded, tmp_path):
     wrong = suites.find("testsuite[@name='wrong']")
     assert len(right) == len(ASKED) and right.find(".//failure") is None
     assert "got 7" in wrong.find(".//failure").get("message")
+
+
+SPYING = f"""
+import os, socket
+seen = [os.path.exists(place) for place in ({str(SOLUTIONS[0])!r}, {str(ROOT / "README.md")!r}, {__file__!r})]
+try:
+    socket.create_connection(("127.0.0.1", PORT), 2)
+    seen.append(True)
+except OSError:
+    seen.append(False)
+try:
+    open("left.txt", "w").write("x")
+    seen.append(True)
+except OSError:
+    seen.append(False)
+def {FIRST.name}(*arguments):
+    raise RuntimeError(str(seen))
+"""
+
+
+@pytest.mark.skipif(not grading.walls_stand(), reason="bubblewrap cannot build walls here")
+def test_behind_walls_a_notebook_sees_its_folder_and_the_package_only(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        notebook(tmp_path / "spy" / FILE, SPYING.replace("PORT", str(server.getsockname()[1])))
+        first = grade(tmp_path)[0]
+    assert "[False, False, False, False, False]" in first.message and not (tmp_path / "spy" / "left.txt").exists()
+
+
+def test_without_walls_the_notebooks_are_graded_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "walls_stand", lambda: False)
+    notebook(tmp_path / "ann" / FILE, *solution())
+    assert sum(row.points for row in grade(tmp_path)) == POINTS
+    notebook(tmp_path / "spy" / FILE, SPYING.replace("PORT", "9"))
+    assert "[True, True, True" in grade(tmp_path)[-len(ASKED)].message  # what the walls are for
 
 
 def test_two_notebooks_of_one_chapter_are_refused(tmp_path):
