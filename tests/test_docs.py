@@ -132,7 +132,7 @@ def test_the_readme_lists_twelve_chapters_and_links_those_that_are_written():
 @each_chapter
 def test_a_chapter_states_its_minutes_and_leads_to_its_exercises_and_to_the_next(path):
     assert 0 < float(minutes(path)) <= 10
-    following = [chapter.name for chapter in CHAPTERS[CHAPTERS.index(path) + 1 :][:1]]
+    following = [chapter.name for chapter in CHAPTERS if int(chapter.name[:2]) == int(path.name[:2]) + 1]
     assert {f"../exercises/{path.name}", *following} <= set(links(cells(path)[-1].source))
 
 
