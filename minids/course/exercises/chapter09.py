@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,14 +74,6 @@ def clipped_loss(
 ) -> Float[Tensor, ""]:
     """GRPO without its KL (DeepSeekMath eq. 3), to be minimised."""
     return loss_with(clipped, logp, old_logp, advantages, mask, epsilon)
-
-
-def loss_swapped(logp, old_logp, advantages, mask, epsilon):
-    return loss_with(clipped_swapped, logp, old_logp, advantages, mask, epsilon)
-
-
-def loss_always_clipped(logp, old_logp, advantages, mask, epsilon):
-    return loss_with(clipped_always, logp, old_logp, advantages, mask, epsilon)
 
 
 def loss_over_all_tokens(logp, old_logp, advantages, mask, epsilon):
@@ -226,37 +219,20 @@ def reward_examples(g: Generator) -> list[tuple]:
 # 9.5 A test for the whole loss --------------------------------------------------------------------------------------
 
 
-def answer_loss(logits, tokens, prompt_length, end, old_logp, ref_logp, advantage, epsilon, kl_weight):
-    """GRPO's loss of one answer: the mean over its tokens of -clipped + kl_weight * k3."""
-    logp, mask = answer_logps(logits, tokens, prompt_length, end)
-    return _loss(logp, mask, old_logp, ref_logp, advantage, epsilon, kl_weight)
-
-
-def answer_loss_swapped(logits, tokens, prompt_length, end, old_logp, ref_logp, advantage, epsilon, kl_weight):
-    logp, mask = answer_logps(logits, tokens, prompt_length, end)
-    return _loss(logp, mask, old_logp, ref_logp, advantage, epsilon, kl_weight, terms=clipped_swapped)
-
-
-def answer_loss_off_by_one(logits, tokens, prompt_length, end, old_logp, ref_logp, advantage, epsilon, kl_weight):
-    logp, mask = logps_off_by_one(logits, tokens, prompt_length, end)
-    return _loss(logp, mask, old_logp, ref_logp, advantage, epsilon, kl_weight)
-
-
-def answer_loss_k1(logits, tokens, prompt_length, end, old_logp, ref_logp, advantage, epsilon, kl_weight):
-    logp, mask = answer_logps(logits, tokens, prompt_length, end)
-    return _loss(logp, mask, old_logp, ref_logp, advantage, epsilon, kl_weight, kl=lambda away: -away)
-
-
-def answer_loss_after_end(logits, tokens, prompt_length, end, old_logp, ref_logp, advantage, epsilon, kl_weight):
-    logp, mask = logps_with_padding(logits, tokens, prompt_length, end)
-    return _loss(logp, mask, old_logp, ref_logp, advantage, epsilon, kl_weight)
-
-
 def k3(away: Tensor) -> Tensor:
     return away.exp() - away - 1
 
 
-def _loss(logp, mask, old_logp, ref_logp, advantage, epsilon, kl_weight, terms: Terms = clipped, kl=k3) -> Tensor:
+def k1(away: Tensor) -> Tensor:
+    return -away
+
+
+def answer_loss(
+    logits, tokens, prompt_length, end, old_logp, ref_logp, advantage, epsilon, kl_weight,
+    *, read=answer_logps, terms: Terms = clipped, kl=k3,
+):  # fmt: skip
+    """GRPO's loss of one answer: the mean over its tokens of -clipped + kl_weight * k3. Bugs replace a part of it."""
+    logp, mask = read(logits, tokens, prompt_length, end)
     gains = terms((logp - old_logp).exp(), torch.tensor(advantage), epsilon)
     return -(gains - kl_weight * kl(ref_logp - logp))[mask].mean()
 
@@ -275,8 +251,8 @@ EXERCISES = [
     Function(
         "9.2", "clipped_loss", clipped_loss, loss_examples,
         mistakes={
-            "the bounds are swapped for negative advantages": loss_swapped,
-            "the ratio is always clipped, without the minimum": loss_always_clipped,
+            "the bounds are swapped for negative advantages": partial(loss_with, clipped_swapped),
+            "the ratio is always clipped, without the minimum": partial(loss_with, clipped_always),
             "long answers weigh more, as all tokens are averaged together": loss_over_all_tokens,
             "padding is counted": loss_of_padding,
             "the objective is returned, which is to be maximised": loss_maximised,
@@ -311,10 +287,13 @@ EXERCISES = [
     SpotTheBug(
         "9.5", "test_answer_loss", answer_loss,
         (
-            Bug("the clip's bounds are swapped for negative advantages", answer_loss_swapped, "A < 0, ratio 2 or 1/2"),
-            Bug("log-probabilities are off by one", answer_loss_off_by_one, "does row t predict token t + 1?"),
-            Bug("k1 as the KL loss", answer_loss_k1, "can the penalty be negative? compare it with k3 by hand"),
-            Bug("tokens after the end count", answer_loss_after_end, "add padding: the loss must not move"),
+            Bug("the clip's bounds are swapped for negative advantages", partial(answer_loss, terms=clipped_swapped),
+                "A < 0, ratio 2 or 1/2"),
+            Bug("log-probabilities are off by one", partial(answer_loss, read=logps_off_by_one),
+                "does row t predict token t + 1?"),
+            Bug("k1 as the KL loss", partial(answer_loss, kl=k1), "can the penalty be negative? k3 never is"),
+            Bug("tokens after the end count", partial(answer_loss, read=logps_with_padding),
+                "add padding: the loss must not move"),
         ),
     ),
 ]  # fmt: skip
