@@ -44,6 +44,10 @@ class Layout:
     ep: int = 1
     schedule: str = "dualpipev"
 
+    def __post_init__(self):
+        for axis in ("pp", "dp", "ep"):
+            require(getattr(self, axis) >= 1, axis, getattr(self, axis), "must be at least 1")
+
     @classmethod
     def parse(cls, text: str, world: int) -> "Layout":
         """Read "ep=2,pp=2,schedule=zbv" for `world` processes; a `dp` that is not named takes those that are left.
@@ -82,9 +86,10 @@ class Layout:
             return
         divisors = [n for n in range(1, world + 1) if world % n == 0]
         cuts = (cut for cut in itertools.product(divisors, repeat=3) if math.prod(cut) == world)
-        layouts = [Layout(*cut, self.schedule) for cut in cuts]
-        possible = [layout for layout in layouts if layout._obstacle(config, recipe, world) is None]
-        nearest = f"nearest possible: {min(possible, key=self._unlikeness)}" if possible else "no layout is possible"
+        layouts = sorted((Layout(*cut, self.schedule) for cut in cuts), key=self._unlikeness)
+        possible = (layout for layout in layouts if layout._obstacle(config, recipe, world) is None)  # costly: lazy
+        found = next(possible, None)
+        nearest = "no layout is possible" if found is None else f"nearest possible: {found}"
         raise ValueError(f"parallel={str(self)!r}: {reason}; with {world} processes {nearest}")
 
     def _unlikeness(self, other: "Layout") -> tuple[float, int]:

@@ -148,3 +148,8 @@ def test_what_a_rank_holds_is_what_the_plan_said(seat, text, world):
     biases = sum(router.bias.numel() for router in whole.routers())
     planned = count["experts"] / layout.dp + count["others"] / layout.replicas
     assert max(held) <= planned <= max(held) + biases
+
+
+def test_an_axis_must_be_at_least_one():
+    with pytest.raises(ValueError, match="dp=0: must be at least 1"):
+        Layout(dp=0)
