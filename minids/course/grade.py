@@ -182,16 +182,17 @@ def _walls(folder: Path, sockets: Path) -> list[str]:
 
 
 _SILENCE = """
-import os, sys
+import contextlib, os, sys
 sys.stdout = sys.stderr = open(os.devnull, "w")
-del os, sys
+get_ipython()._tee = lambda channel, nothing=contextlib.nullcontext: nothing()  # it keeps a copy, for the history
+del contextlib, os, sys
 """
 
 
 class Kernel:
-    """A fresh kernel that runs code until a deadline. What it prints goes nowhere.
+    """A fresh kernel that runs code until a deadline. What it prints goes nowhere, and is not kept either.
 
-    A kernel that printed into its own channel would hold what it cannot send fast enough, until memory is out.
+    A kernel would hold what it cannot send fast enough, and its history all of it, until memory is out.
     """
 
     def __init__(self, folder: Path, memory: int):
