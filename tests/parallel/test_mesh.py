@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from training.helpers import counting_data
 
 from minids import cost
@@ -18,20 +17,6 @@ from minids.training.loop import Recipe
 
 NANO = ModelConfig.preset("nano", num_hidden_layers=4)
 RECIPE = Recipe(batch_size=8, seq_len=32)
-
-
-@pytest.fixture
-def seat():
-    """Take the place of one rank among many, with no other process there."""
-
-    def sit(rank, ranks):
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-
-    yield sit
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minids.config import ModelConfig
 from minids.data.batches import Batch
@@ -77,20 +75,6 @@ def in_a_pipeline(schedule, whole, tokens, targets, steps=1):
         return {name: p.grad for name, p in part.parameters().items()}, *result
 
     return launch(work, len(schedule.actions))
-
-
-@pytest.fixture
-def seat():
-    """Take the place of one rank among several, with no other process there."""
-
-    def sit(rank, ranks):
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-
-    yield sit
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 # Equal to one process ------------------------------------------------------------------------------------------------
