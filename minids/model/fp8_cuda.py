@@ -1,10 +1,14 @@
-"""Products of FP8 operands on the tensor cores of a Hopper GPU, through PyTorch's scaled matmul and so cuBLAS.
+"""Products of FP8 operands on the tensor cores of a GPU: a Hopper's through PyTorch's scaled matmul and so cuBLAS.
 
 Notable choices:
 - the library has exactly V3's three products: tiles of 128 along k times blocks of 128 by 128, or times tiles of 128;
+- it has them for Hopper alone; other GPUs that know FP8 run the kernel of `fp8_triton`, which is V3's written out;
 - it wants sizes that are multiples of 16 and scales in columns; what is missing at the edges is filled with zeros;
 - experts are multiplied one after the other: a grouped product with such scales does not exist in the library.
 """
+
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +18,33 @@ from torch import Tensor
 from minids.model.fp8 import Rounded
 
 RECIPES = {(128, 128): F.ScalingType.BlockWise128x128, (128, 1): F.ScalingType.BlockWise1x128}
+HAS_TRITON = find_spec("triton") is not None  # CUDA builds of PyTorch for Linux bring it along
+
+
+def kernel(device: torch.device) -> Literal["scaled_mm", "Triton"] | None:
+    """What multiplies in FP8 on a device: by compute capability, 9 PyTorch's library, 8.9 and from 10 on Triton."""
+    if device.type != "cuda" or torch.version.hip:  # AMD's GPUs are called cuda too
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] == 9:
+        return "scaled_mm"
+    return "Triton" if capability >= (8, 9) and HAS_TRITON else None
 
 
 def runs_on_tensor_cores(device: torch.device, a_tile: tuple, b_tile: tuple) -> bool:
-    """Whether `multiply` has a kernel: compute capability 9, and operands tiled as V3 does."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    return a_tile == (1, 128) and b_tile in RECIPES
+    """Whether `multiply` can: the device has a kernel, and the operands are tiled as V3 does."""
+    return kernel(device) is not None and a_tile == (1, 128) and b_tile in RECIPES
 
 
 def multiply(a: Rounded, b: Rounded) -> Float32[Tensor, "m n"]:
-    """a [m, k] times b [k, n] in E4M3, sums promoted to float32 along k by the library (V3 section 3.3.2)."""
+    """a [m, k] times b [k, n] in E4M3, sums promoted to float32 along k (V3 section 3.3.2)."""
     (m, k), n = a.q.shape, b.q.shape[1]
     if 0 in (m, k, n):
         return torch.zeros(m, n, device=a.q.device)
+    if kernel(a.q.device) == "Triton":
+        from minids.model import fp8_triton  # not everywhere can it be imported
+
+        return fp8_triton.multiply(a, b)
     a_scale = F.pad(a.scale, (0, 0, 0, -m % 16), value=1.0)
     if b.tile == (128, 128):
         b_scale = F.pad(b.scale, (0, 0, 0, -len(b.scale) % 4), value=1.0)

@@ -5,8 +5,8 @@ Notable choices:
 - parameters stay what and where they were, in float32: only the layer around them changes, so optimizers, checkpoints
   and exports notice nothing, and gradients add up in float32;
 - what waits for the backward pass is the 8-bit tensors themselves, not what they were made of;
-- the rounded operands are multiplied on the tensor cores of a Hopper GPU and elsewhere in float32 (`fp8.gemm` bounds
-  the difference); `MiniDS.precision_report` says which.
+- the rounded operands are multiplied on the tensor cores of a GPU that knows FP8 and elsewhere in float32 (`fp8.gemm`
+  bounds the difference); `MiniDS.precision_report` says which.
 """
 
 from collections.abc import Callable
@@ -211,7 +211,7 @@ def convert_from_fp8(model: MiniDS) -> None:
 def _path(device: torch.device, gradient_tile: Tile) -> str:
     products = "emulated in float32"
     if fp8_cuda.runs_on_tensor_cores(device, ALONG_CHANNELS, BLOCK):
-        products = "on tensor cores"
+        products = f"on tensor cores ({fp8_cuda.kernel(device)})"
         if not fp8_cuda.runs_on_tensor_cores(device, gradient_tile, BLOCK):
             products += " but for the input gradient"
     return f"E4M3, {products}"

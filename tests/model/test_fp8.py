@@ -557,8 +557,8 @@ def tensor_cores(monkeypatch):
     """The path of a Hopper GPU, with PyTorch's kernel replaced by its definition."""
     monkeypatch.setattr(fp8_cuda.F, "scaled_mm", library)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    runs = fp8_cuda.runs_on_tensor_cores
-    monkeypatch.setattr(fp8_cuda, "runs_on_tensor_cores", lambda _, *tiles: runs(torch.device("cuda"), *tiles))
+    choose = fp8_cuda.kernel
+    monkeypatch.setattr(fp8_cuda, "kernel", lambda _: choose(torch.device("cuda")))
 
 
 @pytest.mark.parametrize("b_tile", [(128, 128), (128, 1)])
@@ -604,10 +604,10 @@ def test_experts_on_tensor_cores_equal_the_emulated_ones(tensor_cores, monkeypat
 def test_the_report_names_the_path_of_each_layer(tensor_cores):
     model = build(dtype=torch.float32)
     convert_to_fp8(model)
-    assert set(model.precision_report().values()) == {"float32", "E4M3, on tensor cores"}
+    assert set(model.precision_report().values()) == {"float32", "E4M3, on tensor cores (scaled_mm)"}
     model = build(dtype=torch.float32)
     convert_to_fp8(model, gradient_tile=(128, 128))
-    assert "E4M3, on tensor cores but for the input gradient" in model.precision_report().values()
+    assert "E4M3, on tensor cores (scaled_mm) but for the input gradient" in model.precision_report().values()
 
 
 @pytest.mark.gpu
@@ -628,7 +628,7 @@ def test_a_hopper_gpu_computes_what_the_emulation_does(rows):
         x = matrix(rows, 1024, seed=1).to(device).requires_grad_()
         layer(x).backward(matrix(rows, 384, seed=3).to(device))
         layers.append((layer.computes_in, [t.cpu() for t in (layer(x), x.grad, layer.weight.grad)]))
-    assert [path for path, _ in layers] == ["E4M3, on tensor cores", "E4M3, emulated in float32"]
+    assert [path for path, _ in layers] == ["E4M3, on tensor cores (scaled_mm)", "E4M3, emulated in float32"]
     for got, want in zip(layers[0][1], layers[1][1], strict=True):
         assert (got - want).norm() < 0.01 * want.norm()
 
