@@ -28,6 +28,7 @@ from minids import cost
 from minids.config import ModelConfig, require
 from minids.model.moe import Experts
 from minids.model.transformer import Block, MiniDS
+from minids.parallel.activations import activation_bytes
 from minids.parallel.experts import shard_experts
 from minids.parallel.pipeline import Stage
 from minids.parallel.schedule import SCHEDULES
@@ -140,13 +141,14 @@ class Layout:
         rows = recipe.batch_size // self.replicas
         pipeline = self.pipeline(recipe) if self.pp > 1 else None
         micro = rows // pipeline.micro_batches if pipeline else min(recipe.micro_batch_size or rows, rows)
+        kept = activation_bytes(config, recipe, micro, pipeline, self.ep)
         lines = [
             f"plan: {self.world} processes on {device}: {self}",
             f"  batch      {recipe.batch_size} x {recipe.seq_len} tokens; {rows} rows per rank, {micro} at a time",
             f"  parameters {sum(count.values()):,} at most on a rank before sharding, {count['experts']:,} in experts",
             f"  memory     {_size(sum(state.values()))} on the fullest device, computed: "
             + ", ".join(f"{name} {_size(value)}" for name, value in state.items())
-            + "; activations come on top",
+            + f"; activations come on top: {_size(kept)} where experts are evenly loaded",
         ]
         if pipeline:
             timeline = pipeline.simulate()

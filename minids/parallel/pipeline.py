@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -147,12 +147,12 @@ class _Runner(PipelineStage):
         weight = next(stage.parameters())
         stream = torch.empty(*shape, stage.config.hidden_size, dtype=weight.dtype, device="meta", requires_grad=True)
         super().__init__(stage, number, numbers, weight.device, () if stage.is_first else stream, stream, group=group)
-        self.stop, self.batches, self.spans = stop, [], []
+        self.stop, self.batches, self.spans, self.autocast = stop, [], [], nullcontext()
 
     is_first = property(lambda self: self.submod.is_first)  # torch knows only number 0 for one
 
     def forward_one_chunk(self, fwd_chunk_id, args, kwargs=None, save_forward_output=True):
-        with self._noting("F", fwd_chunk_id):
+        with self._noting("F", fwd_chunk_id), self.autocast:
             return super().forward_one_chunk(fwd_chunk_id, args, {"batch": self.batches[fwd_chunk_id]}, False)
 
     def backward_one_chunk(self, bwd_chunk_id, loss=None, full_backward=True, last_backward=False):

@@ -11,7 +11,7 @@ Notable choices:
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -117,14 +117,14 @@ def busy_time(spans: Sequence[Span]) -> float:
     return sum(span.end - span.start for span in spans)
 
 
-def peak_activations(actions: Sequence[Action | Pair]) -> int:
-    """The most activations alive at once: each from the start of its F to the end of its weight gradient."""
+def peak_activations(actions: Sequence[Action | Pair], size: Callable[[int], int] = lambda stage: 1) -> int:
+    """The most activations alive at once: each, of its stage's `size`, from its F to the end of its weight gradient."""
     live = peak = 0
     for action in actions:
-        kinds = [each.kind for each in action.passes]
-        live += kinds.count("F")
+        made, freed = (sum(size(each.stage) for each in action.passes if each.kind == kind) for kind in "FW")
+        live += made
         peak = max(peak, live)
-        live -= kinds.count("W")
+        live -= freed
     return peak
 
 

@@ -10,9 +10,11 @@ Notable choices:
 
 import dataclasses
 import math
-import re
 import shutil
-from contextlib import nullcontext, suppress
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,12 @@ from minids.training.loop import Diverged, Recipe, TextData, Trainer, micro_batc
 from minids.training.loss import IGNORED, Losses, Share, losses, targets
 from minids.training.metrics import Metrics
 
-KNOWN_PEAK = re.compile("H[128]00")  # one chip with different links and memories
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
+
+KNOWN_PEAK = "NVIDIA H800"  # the only GPU whose peak is known from a source: cost.H800_PEAK_FLOPS
 
 
 def save_shards(destination: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -92,6 +99,8 @@ class ParallelTrainer(Trainer):
         if schedule is not None:
             shape = (recipe.batch_size // layout.replicas // schedule.micro_batches, recipe.seq_len)
             self.pipeline = Pipeline(model, schedule, None, shape, axes.pp.get_group(), layout.replicas)
+            for runner in self.pipeline.runners:
+                runner.autocast = torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16")
             self._release_other_parts(model)
         super().__init__(model, data, recipe)
 
@@ -163,12 +172,21 @@ class ParallelTrainer(Trainer):
         return bool(asked)
 
     def train_step(self) -> Metrics:
-        metrics = super().train_step()
-        if self.device == "cuda":
-            metrics["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            if KNOWN_PEAK.search(torch.cuda.get_device_name()):
-                flops = cost.training_flops_per_token(self.model.config, self.recipe.seq_len)
-                metrics["mfu"] = cost.mfu(metrics["tokens_per_second"] / self.layout.world, flops)
+        """As in `Trainer`, and in the metrics what this rank alone can tell, of which rank 0's are written.
+
+        `memory_gb`: the most that it has ever held, on a GPU of the GPU's memory. `mfu`: on an H800 (`cost.mfu` takes
+        the peak of others). `exposed_communication`: the share of the step's time in which it waited for others, be it
+        for their data or until they were ready; on CPUs, since a GPU's waits are not the host's.
+        """
+        with waits() as seconds:
+            metrics = super().train_step()
+        metrics |= memory(self.device)
+        if self.device == "cpu":
+            per_step = self.recipe.batch_size * self.recipe.seq_len
+            metrics["exposed_communication"] = sum(seconds) * metrics["tokens_per_second"] / per_step
+        elif torch.cuda.get_device_name() == KNOWN_PEAK:
+            flops = cost.training_flops_per_token(self.model.config, self.recipe.seq_len)
+            metrics["mfu"] = cost.mfu(metrics["tokens_per_second"] / self.layout.world, flops)
         return metrics
 
     @torch.no_grad()
@@ -221,6 +239,38 @@ class ParallelTrainer(Trainer):
             who = ", ".join(f"rank {rank}" for rank in silent)
             reason = str(error).splitlines()[0]
             raise ConnectionError(f"{who} died or hangs since step {self.step + 1}: {reason}") from None
+
+
+@contextmanager
+def waits() -> Iterator[list[float]]:
+    """The seconds of each wait of this process, while the block runs, for a message or a collective.
+
+    All of them end in torch's `Work.wait`, which is replaced for so long.
+    """
+    wait, seconds = dist.Work.wait, []
+
+    def timed(work: dist.Work, *arguments: Any) -> bool:
+        began = time.perf_counter()
+        try:
+            return wait(work, *arguments)
+        finally:
+            seconds.append(time.perf_counter() - began)
+
+    dist.Work.wait = timed
+    try:
+        yield seconds
+    finally:
+        dist.Work.wait = wait
+
+
+def memory(device: str) -> Metrics:
+    """The most that this process has held so far; on a CPU in all, where the system tells."""
+    if device == "cuda":
+        return {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+    if resource is None:
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
 
 def _silent_ranks(seconds: float = 5) -> list[int]:

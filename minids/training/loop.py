@@ -36,7 +36,7 @@ from minids.training.checkpoint import (
     set_random_states,
 )
 from minids.training.loss import Losses, Share, bits_per_byte, losses
-from minids.training.metrics import Metrics, cut_metrics, metrics_file
+from minids.training.metrics import Metrics, cut_metrics, metrics_file, tensorboard_scalars
 from minids.training.optimizer import Schedule, make_optimizers, set_learning_rate
 
 
@@ -148,11 +148,13 @@ class Trainer:
         directory: Path | None = None,
         resume: bool = False,
         progress: bool = True,
+        tensorboard: bool = False,
         on_step: Callable[[Metrics], None] | None = None,
     ) -> list[Metrics]:
         """Train to the end of the recipe, or to the first Ctrl-C; returns the metrics of the steps taken.
 
-        With `directory`, checkpoints and metrics.jsonl are kept there; `resume` goes on from the newest checkpoint.
+        With `directory`, checkpoints and metrics.jsonl are kept there, with `tensorboard` also a folder of that name;
+        `resume` goes on from the newest checkpoint.
         Raises `Diverged` when the loss explodes (the last good checkpoint stays), `ValueError` when there is nothing to
         resume.
         """
@@ -167,12 +169,14 @@ class Trainer:
             cut_metrics(written / "metrics.jsonl", self.step)
         history, hidden = [], not (progress and self.writes_files)
         bar = tqdm(total=steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
-        with bar, stop_requests() as stop_requested, metrics_file(written) as write:
+        scalars = tensorboard_scalars(written if tensorboard else None, self.step)
+        with bar, stop_requests() as stop_requested, scalars as chart, metrics_file(written) as write:
             while self.step < steps and not self.should_stop(stop_requested.is_set()):
                 metrics = self.train_step()
                 if self.step == steps or self.step % self.recipe.evaluate_every == 0:
                     metrics["validation_bits_per_byte"] = self.evaluate()
                 write(metrics)
+                chart(metrics)
                 history.append(metrics)
                 if on_step is not None:
                     on_step(metrics)
@@ -304,7 +308,7 @@ class Trainer:
 
 
 def train(model: MiniDS, data: TextData, recipe: Recipe, **options: Any) -> list[Metrics]:
-    """Train `model` in place; options as in `Trainer.run`: directory, resume, progress, on_step."""
+    """Train `model` in place; options as in `Trainer.run`: directory, resume, progress, tensorboard, on_step."""
     return Trainer(model, data, recipe).run(**options)
 
 

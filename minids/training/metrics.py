@@ -1,4 +1,4 @@
-"""metrics.jsonl: what every step leaves behind, a JSON object a line."""
+"""metrics.jsonl: what every step leaves behind, a JSON object a line; and the same as TensorBoard's scalars."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -39,3 +39,32 @@ def metrics_file(directory: Path | None) -> Iterator[Callable[[Metrics], None]]:
             file.flush()
 
         yield write
+
+
+@contextmanager
+def tensorboard_scalars(directory: Path | None, step: int) -> Iterator[Callable[[Metrics], None]]:
+    """A function that adds the numbers of a step to `directory`/tensorboard at once; without one it does nothing.
+
+    `step` is the last one taken: TensorBoard is told to drop what a killed run wrote of later ones.
+    Raises `ValueError` where the package is missing.
+    """
+    if directory is None:
+        yield lambda metrics: None
+        return
+    with summary_writer()(directory / "tensorboard", purge_step=step + 1) as writer:
+
+        def write(metrics: Metrics) -> None:
+            for name in metrics.keys() - {"step"}:
+                writer.add_scalar(name, metrics[name], metrics["step"])
+            writer.flush()
+
+        yield write
+
+
+def summary_writer() -> type:
+    """TensorBoard's, of a package that is not required. Raises `ValueError` where it is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"tensorboard=True: needs `pip install tensorboard` ({error})") from None
+    return SummaryWriter

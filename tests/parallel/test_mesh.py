@@ -1,19 +1,26 @@
 """Layouts: how they are read, what is refused and why, what the plan says, and which rank is where in a big world."""
 
+import dataclasses
+import functools
 import re
+from collections import Counter
 
 import pytest
 import torch.distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
 from training.helpers import counting_data
 
 from minids import cost
 from minids.config import ModelConfig
+from minids.data.batches import Batch
 from minids.model.moe import Experts
 from minids.model.transformer import MiniDS
+from minids.parallel.activations import activation_bytes
 from minids.parallel.mesh import Layout, parameters_per_rank
-from minids.parallel.pipeline import local
+from minids.parallel.pipeline import Pipeline, launch, local
 from minids.parallel.trainer import ParallelTrainer
-from minids.training.loop import Recipe
+from minids.training.loop import Recipe, Trainer, micro_batches, training_batches
+from minids.training.loss import Share, losses
 
 NANO = ModelConfig.preset("nano", num_hidden_layers=4)
 RECIPE = Recipe(batch_size=8, seq_len=32)
@@ -86,6 +93,7 @@ def test_the_plan_counts_what_the_cost_model_counts():
     plan = Layout(ep=4, dp=2).plan(NANO, RECIPE, "cuda")
     computed = 16 * (alone["experts"] / 8 + alone["others"] / 8)
     assert f"memory     {computed / 1e6:.2f} MB on the fullest device, computed" in plan
+    assert f"activations come on top: {activation_bytes(NANO, RECIPE, 1, ep=4) / 1e6:.2f} MB where" in plan
     assert "1 rows per rank" in plan and "8 processes on cuda: pp=1,dp=2,ep=4" in plan
 
 
@@ -95,6 +103,80 @@ def test_the_plan_of_a_pipeline_names_its_schedule():
     assert "8 rows per rank, 2 at a time" in plan and "dualpipev, 4 stages; 4 micro-batches" in plan
     timeline = Layout(pp=2, ep=2).pipeline(recipe).simulate()
     assert f"idle for {max(timeline.bubble) / timeline.makespan:.0%}" in plan
+
+
+class Kept:
+    """Bytes that autograd keeps while it keeps them, each storage once, and the most there ever were; no parameters."""
+
+    def __init__(self, model):
+        self.weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        self.users, self.now, self.peak = Counter(), 0, 0
+
+    def __call__(self, tensor):
+        return _Saved(self, tensor)
+
+    def count(self, storage, users):
+        address, before = storage.data_ptr(), self.users[storage.data_ptr()]
+        self.users[address] += users
+        if address not in self.weights and bool(before) != bool(self.users[address]):
+            self.now += storage.nbytes() * users
+            self.peak = max(self.peak, self.now)
+
+
+class _Saved:
+    def __init__(self, kept, tensor):
+        self.kept, self.tensor = kept, tensor
+        kept.count(tensor.untyped_storage(), 1)
+
+    def __del__(self):
+        self.kept.count(self.tensor.untyped_storage(), -1)
+
+
+def peak(model, step):
+    """Measured on this rank."""
+    kept = Kept(model)
+    with saved_tensors_hooks(kept, lambda saved: saved.tensor):
+        step()
+    return kept.peak
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_planned_activations_are_those_of_a_step(precision):
+    """To the byte: two micro-batches, one after the other. Both keep the text of all 8 rows, nobody keeps the loss."""
+    recipe = dataclasses.replace(RECIPE, micro_batch_size=4, precision=precision)
+    trainer = Trainer(MiniDS(NANO), counting_data(), recipe)
+    batch = Batch(*(part.clone() for part in dataclasses.astuple(next(trainer.stream))))
+    measured = peak(trainer.model, lambda: trainer.backward(batch, recipe.mtp_weight))
+    assert measured == activation_bytes(NANO, recipe, 4) + batch.tokens[4:].nbytes - 4
+
+
+def test_planned_activations_of_shared_experts_differ_only_in_what_becomes_of_their_weights():
+    """In float32 nothing is made of them; bf16 keeps a copy of 2 bytes for each of the rank's own."""
+    experts = parameters_per_rank(Layout(), NANO, RECIPE)["experts"]
+    for precision, copies in (("fp32", 0), ("bf16", 2 * experts * 3 // 4)):
+        recipe = dataclasses.replace(RECIPE, precision=precision)
+        whole, quarter = (activation_bytes(NANO, recipe, 2, ep=ep) for ep in (1, 4))
+        assert copies <= whole - quarter < copies + 1000  # and shorter lists of counts
+
+
+def test_planned_activations_are_those_of_a_pipeline():
+    """Of the fullest rank, to 2 %; where backwards are halved, torch lets go of some of it only after the step."""
+    recipe = dataclasses.replace(RECIPE, micro_batch_size=1)
+    schedules = [Layout(pp=2, schedule=name).pipeline(recipe) for name in ("gpipe", "one_f_one_b", "dualpipev")]
+    batches = list(micro_batches(next(training_batches(counting_data(), recipe)), 1))
+
+    def work(rank):
+        return [peak(model, functools.partial(step, model, each)) for each in schedules for model in [MiniDS(NANO)]]
+
+    def step(model, schedule):
+        def loss(out, batch):
+            return losses(model, out, batch, Share(1, 1)).total(recipe.mtp_weight)
+
+        Pipeline(model, schedule, loss, (1, 32)).step([batch.tokens[:, :-1] for batch in batches], batches)
+
+    planned = [activation_bytes(NANO, recipe, 1, schedule) for schedule in schedules]
+    *whole, halved = [max(peaks) for peaks in zip(*launch(work, 2), strict=True)]
+    assert whole == pytest.approx(planned[:2], rel=0.02) and planned[2] < halved < 1.25 * planned[2]
 
 
 def test_v3_on_2048_ranks_as_deepseek_cut_it(seat):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from training.helpers import RECIPE, counting_data, counting_text
 
 from minids.config import ModelConfig
@@ -21,7 +22,7 @@ from minids.model.transformer import MiniDS
 from minids.parallel import pipeline
 from minids.parallel.mesh import Layout
 from minids.parallel.pipeline import launch
-from minids.parallel.trainer import ParallelTrainer
+from minids.parallel.trainer import ParallelTrainer, memory, waits
 from minids.run import Run, load_run, read_metrics, read_text
 from minids.training.checkpoint import latest_checkpoint, load_checkpoint
 from minids.training.loop import Trainer
@@ -138,6 +139,65 @@ def test_a_checkpoint_of_many_looks_like_that_of_one(checkpoints):
                 torch.testing.assert_close(tensor, expected[part][name], atol=1e-5, rtol=0)
 
 
+# What a rank tells of itself ------------------------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what this rank asks of the others."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation.namespace == "c10d"
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("text", ["ep=2", "pp=2"])
+def test_every_wait_for_others_is_exposed_communication(text):
+    """Rank 1 comes half a second late, for which rank 0 waits."""
+
+    def work(rank):
+        each = trainer(text, 2, layers=4)
+        each.train_step()
+        take_rows = each.rows
+        each.rows = lambda batch: time.sleep(rank / 2) or take_rows(batch)
+        with Collectives() as collectives, waits() as seconds:
+            metrics = each.train_step()
+        step = 8 * 12 / metrics["tokens_per_second"]
+        assert len(seconds) == collectives.count
+        assert metrics["exposed_communication"] * step == pytest.approx(sum(seconds), rel=0.1)
+        return sum(seconds), step
+
+    (waited, step), (late_waited, late_step) = launch(work, 2)
+    assert 0.45 < waited < step
+    assert late_waited < late_step - 0.5
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="compares with what Linux says")
+def test_the_memory_of_a_process_is_its_peak():
+    released = torch.ones(50_000_000)
+    del released
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = int(line.split()[1]) * 1024 / 1e9
+    assert peak > 0.2 and memory("cpu")["memory_gb"] == pytest.approx(peak, rel=0.01)
+
+
+def test_a_pipeline_in_bf16_multiplies_in_bf16():
+    """In training; it is judged in float32, as on one process."""
+
+    def work(rank):
+        each = trainer("pp=2", 2, dataclasses.replace(WANTED, precision="bf16"), layers=4)
+        seen = set()
+        for module in (module for stage in each.parts for module in stage.modules()):
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda linear, inputs, out: seen.add((linear.training, out.dtype)))
+        each.train_step()
+        each.evaluate()
+        return seen
+
+    assert launch(work, 2) == [{(True, torch.bfloat16), (False, torch.float32)}] * 2
+
+
 # Processes that die or hang ------------------------------------------------------------------------------------------
 
 
@@ -183,20 +243,21 @@ def test_all_stop_when_one_is_asked_to(tmp_path):
 
 # The command line ----------------------------------------------------------------------------------------------------
 
-COMMAND = "train --preset nano --tokenizer bytes --data text.jsonl --name run --device cpu --parallel ep=2 --steps 10"
+COMMAND = "train --preset nano --tokenizer bytes --data text.jsonl --name run --device cpu --steps 10"
 COMMAND += " --batch-size 4 --seq-len 32 --warmup-steps 2 --evaluate-every 10 --checkpoint-every 3"
 COMMAND += " --evaluation-batches 1"
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's children in /proc")
-def test_torchrun_starts_again_after_a_kill_with_the_same_curve(tmp_path):
+@pytest.mark.parametrize("layout", ["pp=1,dp=1,ep=2", "pp=2,dp=1,ep=1,schedule=zb1p"])
+def test_torchrun_starts_again_after_a_kill_with_the_same_curve(tmp_path, layout):
     """Killed after the fourth step, the run goes on from the third, and its result loads in one process."""
     lines = (json.dumps({"text": document.text, "domain": document.domain}) for document in counting_text())
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
     agent = subprocess.Popen(
-        [*torchrun, "-m", "minids", *COMMAND.split()], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [*torchrun, "-m", "minids", *COMMAND.split(), "--parallel", layout], cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     metrics = tmp_path / "runs/run/metrics.jsonl"
     try:
@@ -209,7 +270,7 @@ def test_torchrun_starts_again_after_a_kill_with_the_same_curve(tmp_path):
     finally:
         agent.kill()
     assert agent.returncode == 0, output
-    assert output.count("plan: 2 processes on cpu: pp=1,dp=1,ep=2") == 2  # said at each start
+    assert output.count(f"plan: 2 processes on cpu: {layout}\n") == 2  # said at each start
 
     run = Run.load(tmp_path / "runs/run")
     tokenizer = load_tokenizer(tmp_path / "runs/run")

@@ -1,0 +1,43 @@
+"""TensorBoard beside the metrics file: the same numbers, each step once; one clear line where it is missing."""
+
+import json
+import sys
+
+import pytest
+from training.helpers import RECIPE, counting_data, nano
+
+from minids.__main__ import train_command
+from minids.training.loop import train
+
+
+def test_tensorboard_shows_what_the_metrics_file_holds(tmp_path):
+    """Also of a run that was killed after its eighth step and goes on from the sixth."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def kill(metrics):
+        if metrics["step"] == 8:
+            raise KeyboardInterrupt
+
+    options = dict(directory=tmp_path, progress=False, tensorboard=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(nano(), counting_data(), RECIPE, on_step=kill, **options)
+    train(nano(), counting_data(), RECIPE, resume=True, **options)
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    names = {name for line in lines for name in line} - {"step"}
+    assert set(shown.Tags()["scalars"]) == names and "validation_bits_per_byte" in names
+    for name in names:
+        expected = {line["step"]: pytest.approx(line[name], rel=1e-6) for line in lines if name in line}
+        events = shown.Scalars(name)
+        assert {event.step: event.value for event in events} == expected and len(events) == len(expected)
+
+
+def test_without_the_package_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ValueError, match="^tensorboard=True: needs `pip install tensorboard`"):
+        train_command(preset="nano", data=("no such text",), tensorboard=True)
+    assert not list(tmp_path.iterdir())
