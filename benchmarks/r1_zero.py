@@ -1,10 +1,11 @@
 """R1-Zero in miniature over three seeds, and what moves it: the runs that chapters/09_r1_zero.ipynb reads.
 
-    python benchmarks/r1_zero.py                            everything: about 25 minutes of one core
+    python benchmarks/r1_zero.py                            everything: about 35 minutes of one core
     python benchmarks/r1_zero.py --only "recipe, seed 0"    one run, in place of what the results hold of it
 
-A seed decides the web, the base model and the reinforcement learning. The recipe runs with seeds 0, 1 and 2; the
-variants change one thing each and start from the base of seed 0. All take 60 steps of 256 answers and are judged on the
+A seed decides the web, the base model and the reinforcement learning. The recipe runs with seeds 0, 1 and 2; one run
+has another base, which read the same web with another optimizer; the variants change one thing each and start from the
+base of seed 0; the last learns programs, judged by unit tests. All take 60 steps of 256 answers and are judged on the
 same 240 held-out problems, 4 answers to each; intervals are 95 %, by the spread between problems. Base models are kept
 in runs/r1_zero and not trained twice. Results go to benchmarks/results/r1_zero.json.
 """
@@ -12,7 +13,7 @@ in runs/r1_zero and not trained twice. Results go to benchmarks/results/r1_zero.
 import argparse
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,37 +22,52 @@ import torch
 
 from minids.course.experiment import record
 from minids.model.transformer import MiniDS
-from minids.reasoning.rewards import R1_ZERO_WEIGHTS
+from minids.reasoning.rewards import R1_ZERO_WEIGHTS, RuleReward
 from minids.reasoning.rl import RLRecipe, RLTrainer
 from minids.reasoning.rollout import Sample, answer
-from minids.reasoning.tasks import TraceTask
+from minids.reasoning.tasks import TASKS, TaskName, TraceTask
 from minids.reasoning.zero import BASE_RECIPE, base_trainer, load_base, rule_reward
 
 TASK = TraceTask()
 RESULTS = Path(__file__).parent / "results" / "r1_zero.json"
 BASES = Path(__file__).parents[1] / "runs" / "r1_zero"
-FORMAT_ONLY = {"format": 1.0}
 
-RUNS: dict[str, tuple[RLRecipe, dict[str, float]]] = {
-    f"recipe, seed {seed}": (RLRecipe(seed=seed), dict(R1_ZERO_WEIGHTS)) for seed in (0, 1, 2)
-} | {
-    "format only": (RLRecipe(), FORMAT_ONLY),
-    "64 groups of 4": (RLRecipe(prompts=64, group_size=4), dict(R1_ZERO_WEIGHTS)),
-    "8 groups of 32": (RLRecipe(prompts=8, group_size=32), dict(R1_ZERO_WEIGHTS)),
-    "without the std": (RLRecipe(scale_by_std=False), dict(R1_ZERO_WEIGHTS)),
-    "KL weight 0.04": (RLRecipe(kl_weight=0.04), dict(R1_ZERO_WEIGHTS)),
-    "KL weight 0.2": (RLRecipe(kl_weight=0.2), dict(R1_ZERO_WEIGHTS)),
+
+@dataclass(frozen=True)
+class Run:
+    """What is learned from which rewards, and from what kind of base."""
+
+    recipe: RLRecipe = RLRecipe()
+    weights: dict[str, float] = field(default_factory=lambda: dict(R1_ZERO_WEIGHTS))
+    task: TaskName = "trace"
+    base_optimizer: str = BASE_RECIPE.optimizer
+
+    @property
+    def base_name(self) -> str:
+        return f"{self.task}, {self.base_optimizer}, seed {self.recipe.seed}"
+
+
+RUNS: dict[str, Run] = {f"recipe, seed {seed}": Run(RLRecipe(seed=seed)) for seed in (0, 1, 2)} | {
+    "base by AdamW, seed 2": Run(RLRecipe(seed=2), base_optimizer="adamw"),
+    "format only": Run(weights={"format": 1.0}),
+    "64 groups of 4": Run(RLRecipe(prompts=64, group_size=4)),
+    "8 groups of 32": Run(RLRecipe(prompts=8, group_size=32)),
+    "without the std": Run(RLRecipe(scale_by_std=False)),
+    "KL weight 0.04": Run(RLRecipe(kl_weight=0.04)),
+    "KL weight 0.2": Run(RLRecipe(kl_weight=0.2)),
+    "program, seed 0": Run(task="program"),
 }
 
 
-def base(seed: int) -> tuple[MiniDS, float]:
-    """The base model of a seed, trained unless it is there, and the seconds of CPU that its training took."""
-    folder = BASES / f"base-{seed}"
+def base(run: Run) -> tuple[MiniDS, float]:
+    """The base model of a run, trained unless it is there, and the seconds of CPU that its training took."""
+    folder, task = BASES / run.base_name.replace(", ", "-").replace(" ", ""), TASKS[run.task]()
     if not (folder / "seconds").exists():
         began = time.process_time()
-        base_trainer(TASK, replace(BASE_RECIPE, seed=seed)).run(directory=folder, progress=False)
+        recipe = replace(BASE_RECIPE, seed=run.recipe.seed, optimizer=run.base_optimizer)
+        base_trainer(task, recipe).run(directory=folder, progress=False)
         (folder / "seconds").write_text(str(time.process_time() - began))
-    return load_base(folder, TASK), float((folder / "seconds").read_text())
+    return load_base(folder, task), float((folder / "seconds").read_text())
 
 
 def writes_every_step(sample: Sample) -> bool:
@@ -59,12 +75,10 @@ def writes_every_step(sample: Sample) -> bool:
     return (sample.response.thought or "").count("=") >= sample.problem.difficulty
 
 
-def habits(seed: int) -> dict[str, float]:
+def habits(model: MiniDS) -> dict[str, float]:
     """How a base answers: the share of answers that write every step or none, and how many of each are right."""
-    model, _ = base(seed)
-    with rule_reward("trace") as reward:
-        dice = torch.Generator().manual_seed(0)
-        groups = answer(model.eval(), TASK.tokenizer, TASK.held_out(240), reward, 4, max_new_tokens=72, generator=dice)
+    options = dict(max_new_tokens=RLRecipe().max_new_tokens, generator=torch.Generator().manual_seed(0))
+    groups = answer(model.eval(), TASK.tokenizer, TASK.held_out(240), RuleReward(R1_ZERO_WEIGHTS), 4, **options)
     samples = [sample for group in groups for sample in group]
     careful = [sample for sample in samples if writes_every_step(sample)]
     at_once = [sample for sample in samples if "=" not in (sample.response.thought or "")]
@@ -76,26 +90,27 @@ def habits(seed: int) -> dict[str, float]:
 
 def carry_out(name: str) -> dict[str, Any]:
     """One run's curves over its steps, its evaluations, and some of its last answers."""
-    recipe, weights = RUNS[name]
-    model, base_seconds = base(recipe.seed)
+    run = RUNS[name]
+    model, base_seconds = base(run)
+    of_base = habits(model) if run.task == "trace" else {}
     began = time.process_time()
     curves: dict[str, list[float]] = {}
-    with rule_reward("trace", weights) as reward:
-        trainer = RLTrainer(model, TASK.tokenizer, TASK, reward, recipe)
+    with rule_reward(run.task, run.weights) as reward:
+        task = TASKS[run.task]()
+        trainer = RLTrainer(model, task.tokenizer, task, reward, run.recipe)
         evaluations = [{"step": 0} | trainer.evaluate()]
-        while trainer.step < recipe.steps:
+        while trainer.step < run.recipe.steps:
             metrics, groups = trainer.train_step()
             share = mean(writes_every_step(sample) for group in groups for sample in group)
             kept = ("reward", "reward/accuracy", "reward/format", "length", "entropy", "kl", "zero_advantage_groups")
             for key in kept:
                 curves.setdefault(key, []).append(metrics.get(key))
             curves.setdefault("writes_every_step", []).append(share)
-            if trainer.step % recipe.evaluate_every == 0:
+            if trainer.step % run.recipe.evaluate_every == 0:
                 evaluations.append({"step": trainer.step} | trainer.evaluate())
                 print(name, trainer.step, f"{evaluations[-1]['held_out/pass@1']:.3f}", flush=True)
-    return {
-        "recipe": asdict(recipe),
-        "weights": weights,
+    return asdict(run) | {
+        "base": of_base,
         "base_cpu_seconds": base_seconds,
         "cpu_seconds": time.process_time() - began,
         "evaluations": evaluations,
@@ -112,9 +127,7 @@ def main() -> None:
         done = carry_out(name)
         runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
         runs[name] = done
-        ordered = {run: runs[run] for run in RUNS if run in runs}
-        bases = {f"seed {seed}": habits(seed) for seed in sorted({run["recipe"]["seed"] for run in ordered.values()})}
-        record(RESULTS, base_recipe=asdict(BASE_RECIPE), bases=bases, runs=ordered)
+        record(RESULTS, base_recipe=asdict(BASE_RECIPE), runs={run: runs[run] for run in RUNS if run in runs})
 
 
 if __name__ == "__main__":

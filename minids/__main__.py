@@ -28,10 +28,11 @@ from minids.model.transformer import MiniDS
 from minids.parallel import schedule
 from minids.parallel.mesh import Layout, begins, processes, published, started_by_torchrun
 from minids.parallel.trainer import ParallelTrainer
-from minids.reasoning import r1, zero
+from minids.reasoning.commands import r1_command, rl_command
 from minids.run import RUNS, Run, begin_run, load_run, newest_run, read_metrics, read_text, save_imported
 from minids.training.checkpoint import latest_checkpoint
 from minids.training.loop import Diverged, Recipe, Trainer
+from minids.training.metrics import summary_writer
 
 app = tyro.extras.SubcommandApp()
 
@@ -64,6 +65,7 @@ def train_command(
     name: str | None = None,
     resume: Path | None = None,
     parallel: str = "",
+    tensorboard: bool = False,
     device: Device = "auto",
     threads: int | None = None,
 ) -> None:
@@ -75,12 +77,15 @@ def train_command(
         tokenizer: bytes, bpe:SIZE (trained on the text), or the path of a saved tokenizer.
         max_bytes: Read no more than this from each source of text.
         name: Folder under runs/; by default the preset's name, with a number where that is taken.
-        resume: Folder of a run to go on with; all but parallel, device and threads is then read from there.
+        resume: Folder of a run to go on with; all but parallel, tensorboard, device, threads is read from there.
         parallel: How the processes of torchrun share the work, such as ep=2,dp=2 or pp=4,schedule=zbv.
+        tensorboard: Write the metrics also for TensorBoard, into the run's folder; needs its package.
         device: Where to train; auto takes CUDA where there is one.
         threads: CPU threads; by default torch's choice.
     """
     device = _choose(device, threads)
+    if tensorboard:
+        summary_writer()  # a missing package is said before anything is written
     with processes(device) as world:
         layout = Layout.parse(parallel, world)
         if resume is None:
@@ -89,13 +94,13 @@ def train_command(
         directory = resume or published(begun and begun[0])
         run = Run.load(directory)
         text = begun[1] if begun else read_text(run, load_tokenizer(directory))
+        layout.check(run.config, run.recipe, world)
         torch.manual_seed(run.recipe.seed)
         if started_by_torchrun():
             if os.environ["RANK"] == "0":
                 print(layout.plan(run.config, run.recipe, device), flush=True)
             trainer = ParallelTrainer(MiniDS(run.config), text, run.recipe, layout, device)
         else:
-            layout.check(run.config, run.recipe, world)
             trainer = Trainer(MiniDS(run.config).to(device), text, run.recipe)
         if trainer.writes_files:
             total, active = trainer.model.num_parameters(), trainer.model.num_active_parameters()
@@ -103,7 +108,7 @@ def train_command(
             print(f"{len(text.train.tokens):,} tokens of text, {len(text.validation.tokens):,} held out", flush=True)
         interrupted = latest_checkpoint(directory / "checkpoints") is not None  # and started again by torchrun
         try:
-            trainer.run(directory=directory, resume=resume is not None or interrupted)
+            trainer.run(directory=directory, resume=resume is not None or interrupted, tensorboard=tensorboard)
         except Diverged as error:
             raise ValueError(f"{error}; the last good checkpoint, if any, is in {directory}/checkpoints") from None
     if trainer.writes_files:
@@ -208,8 +213,8 @@ def bench_command(
 
 command("cost")(cost.cost_report)
 command("schedule")(schedule.schedule_command)
-command("rl")(zero.rl_command)
-command("r1")(r1.r1_command)
+command("rl")(rl_command)
+command("r1")(r1_command)
 
 
 @command("grade")

@@ -29,7 +29,9 @@ from minids.model.transformer import MiniDS
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-EXPORTED = re.compile(r"(config|tokenizer|model\.safetensors\.index)\.json|model(-\d{5}-of-\d{5})?\.safetensors")
+EXPORTED = re.compile(
+    r"((|tokenizer_|generation_)config|tokenizer|model\.safetensors\.index)\.json|model(-\d{5}-of-\d{5})?\.safetensors"
+)
 
 
 @torch.no_grad()

@@ -38,13 +38,13 @@ MAX_NEW_TOKENS = RLRecipe().max_new_tokens
 
 @dataclass(frozen=True)
 class R1Recipe:
-    """How large the stages are. The defaults take some fifteen minutes of one core."""
+    """How large the stages are. The defaults take some twenty minutes of one core."""
 
     seed: int = 0
-    base_steps: int = 1500
-    student_steps: int = 3000
+    base_steps: int = BASE_RECIPE.steps
+    student_steps: int = 2000
     rl_steps: int = 100
-    """Of R1-Zero, of the reasoning RL, and of RL on the student."""
+    """Of R1-Zero, of the same with a reward for English, of the reasoning RL, and of RL on the student."""
     final_rl_steps: int = 50
     worked_solutions: int = 200
     cold_start_epochs: int = 4
@@ -67,10 +67,9 @@ class R1Recipe:
 
 
 SHORT = R1Recipe(
-    student_steps=700, rl_steps=20, final_rl_steps=10, rejection_problems=300, general_documents=150,
+    base_steps=1000, student_steps=700, rl_steps=16, final_rl_steps=8, rejection_problems=300, general_documents=150,
     distillation_problems=500, distillation_epochs=4, evaluation_problems=80, evaluation_samples=4,
 )  # fmt: skip
-"""The base reads as much as in the long form: with half of that it cannot do a step, and nothing after it can help."""
 
 
 class R1Run:
@@ -237,6 +236,12 @@ def zero(run: R1Run) -> RLTrainer:
 
 
 @stage("base")
+def zero_english(run: R1Run) -> RLTrainer:
+    """the same with a reward for English, to know what that costs"""
+    return run.rl("base", R1_WEIGHTS, run.recipe.rl_steps)
+
+
+@stage("base")
 def cold_start(run: R1Run) -> SFTTrainer:
     """the base learns from a few long worked solutions (the paper's Dev1)"""
 
@@ -313,37 +318,3 @@ def ledger_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = ("-" if row[name] is None else f"{row[name]:.3g}" for name in columns)
         lines.append(f"{row['stage']:16}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
-
-
-def r1_command(
-    short: bool = False,
-    seed: int = 0,
-    stages: tuple[str, ...] = (),
-    name: str | None = None,
-    resume: Path | None = None,
-    threads: int | None = None,
-) -> None:
-    """Make R1 from a base model stage by stage, distil it into a small student, and keep all under runs/.
-
-    Args:
-        short: Smaller stages after the base, to look on.
-        seed: Decides the first weights, the problems and every draw.
-        stages: Only these stages, and what they need: base, zero, cold_start, reasoning_rl, rejection_sft, r1, student,
-            student_rl, student_sft, student_logits.
-        name: Folder under runs/; by default r1, or r1-short.
-        resume: Folder of a run to go on with; short and seed are then read from there.
-        threads: CPU threads; by default torch's choice.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if unknown := [stage for stage in stages if stage not in STAGES]:
-        raise ValueError(f"stages: there is no {unknown[0]!r}, only {', '.join(STAGES)}")
-    directory = resume or Path("runs") / (name or ("r1-short" if short else "r1"))
-    recipe = replace(SHORT if short else R1Recipe(), seed=seed)
-    run = R1Run.load(directory) if resume else R1Run.begin(directory, recipe)
-    try:
-        print(ledger_table(run.run(stages)))
-    except KeyboardInterrupt:
-        print(f"\nStopped. Go on with:\n    python -m minids r1 --resume {directory}")
-        return
-    print(f"Kept in {directory}/: ledger.json, and for each stage checkpoints, metrics, examples and answers")

@@ -64,21 +64,32 @@ def test_a_known_mistake_is_called_by_its_name(exercise, words):
     assert f"this is what comes out when {words}" in repr(report), report
 
 
-def zeros_like(value):
+CONSTANTS = (None, NotImplemented, True, False, 0, 1, 0.0, 1.0, "", (), [], torch.tensor(0.0), torch.ones(1))
+
+
+def zeros_like(value, zeros=torch.zeros_like):
     if isinstance(value, torch.Tensor):
-        return torch.zeros_like(value)
-    return tuple(map(zeros_like, value)) if isinstance(value, tuple | list) else type(value)()
+        return zeros(value)
+    return tuple(zeros_like(part, zeros) for part in value) if isinstance(value, tuple | list) else type(value)()
+
+
+def right_answer(exercise):
+    return exercise.reference if isinstance(exercise, Function) else exercise.right
+
+
+def same_chapter(exercise, other):
+    return chapter(exercise) == chapter(other) and right_answer(exercise) is not right_answer(other)
 
 
 @pytest.mark.parametrize("exercise", FUNCTIONS, ids=lambda exercise: exercise.id)
 def test_doing_nothing_earns_nothing(exercise):
-    first = exercise.reference(*exercise.examples(torch.Generator().manual_seed(0))[0])
-    lazy = {
-        "None": lambda *arguments: None,
-        "its argument": lambda *arguments: arguments[0],
-        "zeros": lambda *arguments: zeros_like(exercise.reference(*arguments)),
-        f"always {describe(first)}": lambda *arguments: first,
-    }
+    """Blank and constant answers, each result of the examples among them, and what is copied from another exercise."""
+    results = [exercise.reference(*given) for given in exercise.examples(torch.Generator().manual_seed(0))]
+    lazy = {f"always {describe(value)}": lambda *_, value=value: value for value in [*CONSTANTS, *results]}
+    lazy |= {f"argument {i}": lambda *arguments, i=i: arguments[i] for i in (0, -1)}
+    lazy["zeros"] = lambda *arguments: zeros_like(exercise.reference(*arguments))
+    lazy["ones"] = lambda *arguments: zeros_like(exercise.reference(*arguments), torch.ones_like)
+    lazy |= {f"that of {other.id}": right_answer(other) for other in ALL if same_chapter(exercise, other)}
     for name, answer in lazy.items():
         assert check(exercise.id, answer).points == 0, name
 
@@ -88,8 +99,17 @@ def test_a_test_that_tests_nothing_earns_nothing(exercise):
     def rejects_all(implementation):
         raise AssertionError
 
-    assert check(exercise.id, lambda implementation: None).points == 0
-    assert check(exercise.id, rejects_all).points == 0
+    def only_calls(implementation):
+        with contextlib.suppress(Exception):
+            implementation()
+
+    def asks_who_it_is(implementation):
+        assert implementation.__name__ == "<lambda>" and not implementation.__defaults__ and implementation is not None
+
+    for answer in (rejects_all, only_calls, asks_who_it_is, *(lambda implementation, v=v: v for v in CONSTANTS)):
+        assert check(exercise.id, answer).points == 0, answer
+    for other in (other for other in FUNCTIONS if same_chapter(exercise, other)):
+        assert check(exercise.id, other.reference).points == 0, other.id
 
 
 def test_every_exercise_module_has_its_notebook():

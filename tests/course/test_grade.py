@@ -1,6 +1,7 @@
 """A folder of submissions becomes the right table, whatever the notebooks in it do."""
 
 import csv
+import re
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from notebooks import EXERCISES, SOLUTIONS, chapter_number
 
 from minids.course import grade as grading
 from minids.course.checks import exercises
-from minids.course.grade import Limits, as_text, grade, write_csv, write_junit
+from minids.course.grade import Grade, Limits, grade
 from minids.course.notebooks import ROOT, read
 
 ASKED = exercises(chapter_number(SOLUTIONS[0]))
@@ -30,6 +31,10 @@ def solution():
     return [cell.source for cell in read(SOLUTIONS[0]).cells if cell.cell_type == "code"]
 
 
+def handed_out():
+    return [cell.source for cell in read(EXERCISES[0]).cells if cell.cell_type == "code"]
+
+
 FIRST, SECOND = ASKED[:2]
 FORGED = """
 import minids.course.checks as checks
@@ -38,17 +43,28 @@ checks.Function.check = lambda *_: checks.Report("1.1", "x", "passed", 9, 9)
 """
 
 
+EARNED = dict.fromkeys(("right", "no_check_cells", "unparsable", "hanging", "greedy", "chatty"), POINTS)
+EARNED |= {"half": FIRST.points, "wrong": POINTS - FIRST.points, "crashing": POINTS - SECOND.points}
+EARNED |= {"forging": POINTS - FIRST.points}
+EARNED |= dict.fromkeys(("blank", "constant", "empty", "renamed", "stubborn", "dying", "garbage", "absent"), 0)
+
+
 @pytest.fixture(scope="module")
-def graded(tmp_path_factory):
-    """Nine students at once: starting a kernel for each takes a few seconds."""
-    folder = tmp_path_factory.mktemp("class")
+def tables(tmp_path_factory):
+    """A whole class, graded by the command at once, as a teacher would: what it prints, and the folder of its files."""
+    folder, results = tmp_path_factory.mktemp("class"), tmp_path_factory.mktemp("results")
     notebook(folder / "right" / FILE, *solution())
     notebook(folder / "no_check_cells" / "week 1" / FILE, *[cell for cell in solution() if "check(" not in cell])
     notebook(folder / "wrong" / FILE, *solution(), f"def {FIRST.name}(*arguments):\n    return 7")
+    notebook(folder / "half" / FILE, *handed_out(), solution()[1])
+    notebook(folder / "constant" / FILE, *(f"def {exercise.name}(*arguments):\n    return 0" for exercise in ASKED))
+    notebook(folder / "unparsable" / FILE, "def broken(:", *solution())
+    notebook(folder / "empty" / FILE)
+    notebook(folder / "renamed" / "my homework.ipynb", *solution())
     notebook(folder / "crashing" / FILE, "1 / 0", *solution(), f"del {SECOND.name}")
     notebook(folder / "hanging" / FILE, *solution(), "while True:\n    pass")
     notebook(folder / "stubborn" / FILE, "import signal\nsignal.signal(2, signal.SIG_IGN)\nwhile True: pass")
-    notebook(folder / "dying" / FILE, *solution(), "import os\nos._exit(0)")
+    notebook(folder / "dying" / FILE, "import os\nos._exit(0)", *solution())
     notebook(folder / "forging" / FILE, FORGED, *solution(), f"def {FIRST.name}(*arguments):\n    return 7")
     notebook(folder / "greedy" / FILE, "b = bytearray(2**40)", *solution())
     notebook(folder / "chatty" / FILE, *solution(), "while True:\n    print('x' * 10**6)")
@@ -56,11 +72,21 @@ def graded(tmp_path_factory):
     (folder / "garbage" / FILE).write_text("this is no notebook")
     (folder / "absent").mkdir()
     (folder / "a file, not a student.txt").write_text("")
-    whole_course = folder / "whole_course"
-    for place in ("chapters", "exercises", "solutions"):
-        (whole_course / place).mkdir(parents=True)
-        (whole_course / place / FILE).write_text(EXERCISES[0].read_text(encoding="utf-8"), encoding="utf-8")
-    return grade(folder, Limits(seconds=20))
+    for place in ("chapters", "exercises", "solutions"):  # a whole copy of the course
+        (folder / "blank" / place).mkdir(parents=True)
+        (folder / "blank" / place / FILE).write_text(EXERCISES[0].read_text(encoding="utf-8"), encoding="utf-8")
+    options = ["--csv", str(results / "table.csv"), "--junit", str(results / "table.xml"), "--seconds", "20"]
+    command = [sys.executable, "-m", "minids", "grade", str(folder), *options]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout, results
+
+
+@pytest.fixture(scope="module")
+def graded(tables):
+    with (tables[1] / "table.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [Grade(**row | {"points": int(row["points"]), "out_of": int(row["out_of"])}) for row in rows]
 
 
 def of(graded, student):
@@ -113,27 +139,32 @@ def test_a_check_that_the_notebook_replaced_earns_nothing(graded):
 
 def test_what_is_no_notebook_or_not_there_is_named(graded):
     assert all(row.message.startswith(f"{FILE} is not a notebook") for row in of(graded, "garbage"))
-    assert {row.message for row in of(graded, "absent")} == {"not handed in"}
+    assert {row.message for student in ("absent", "renamed") for row in of(graded, student)} == {"not handed in"}
+    assert [row.message for row in of(graded, "empty")] == [f"the notebook does not define {e.name}" for e in ASKED]
 
 
 def test_of_a_whole_copy_of_the_course_the_exercises_count(graded):
-    assert {row.status for row in of(graded, "whole_course")} == {"todo"}
+    assert {(row.status, row.message) for row in of(graded, "blank")} == {("todo", "not started yet")}
 
 
-def test_the_table_as_text_csv_and_junit(graded, tmp_path):
-    table = "\n".join(as_text(graded))
-    assert f"{POINTS}/{POINTS}" in table and "a file, not a student" not in table
-    write_csv(graded, tmp_path / "table.csv")
-    with (tmp_path / "table.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(graded)
-    assert rows[0]["student"] == graded[0].student and int(rows[0]["out_of"]) == graded[0].out_of
-    write_junit(graded, tmp_path / "table.xml")
-    suites = ElementTree.parse(tmp_path / "table.xml").getroot()
-    right = suites.find("testsuite[@name='right']")
-    wrong = suites.find("testsuite[@name='wrong']")
-    assert len(right) == len(ASKED) and right.find(".//failure") is None
-    assert "got 7" in wrong.find(".//failure").get("message")
+def test_what_is_begun_counts_and_what_is_constant_does_not(graded):
+    assert [row.status for row in of(graded, "half")] == ["passed"] + ["todo"] * (len(ASKED) - 1)
+    assert {row.status for row in of(graded, "constant")} == {"failed"}
+
+
+def test_the_printed_table_the_csv_and_the_xml_say_the_same(tables, graded):
+    printed, results = tables
+    sums = re.findall(rf"^(\S+) +sum +(\d+)/{POINTS}$", printed, re.MULTILINE)
+    assert {student: int(points) for student, points in sums} == EARNED
+    assert {student: points(graded, student) for student in EARNED} == EARNED
+    assert len(graded) == len(EARNED) * len(ASKED) and "a file, not a student" not in printed
+    suites = ElementTree.parse(results / "table.xml").getroot()
+    assert [suite.get("name") for suite in suites] == sorted(EARNED)
+    for suite in suites:
+        kinds = [case[0].tag if len(case) else "passed" for case in suite]
+        wanted = {"todo": "failure", "failed": "failure"}
+        assert kinds == [wanted.get(row.status, row.status) for row in of(graded, suite.get("name"))]
+    assert "got 7" in suites.find("testsuite[@name='wrong']").find(".//failure").get("message")
 
 
 SPYING = f"""

@@ -15,7 +15,7 @@ import torch
 from minids import __main__ as command_line
 from minids.inference.generate import Sampling, generate
 from minids.model.transformer import MiniDS
-from minids.reasoning import budget, distill, r1, zero
+from minids.reasoning import budget, commands, distill, r1, zero
 from minids.reasoning.budget import answer_within, consensus, majority_vote
 from minids.reasoning.distill import Attempt, LogitTrainer, distillation_loss, rejection_sample, sample_attempts, select
 from minids.reasoning.r1 import SHORT, STAGES, R1Recipe, R1Run, ledger_table
@@ -394,6 +394,6 @@ def test_a_stopped_command_says_how_to_go_on(tmp_path, monkeypatch, capsys, tiny
 
     monkeypatch.setattr(R1Run, "begin", begin)
     monkeypatch.setattr(R1Run, "run", stopped)
-    r1.r1_command(short=True, seed=4, name="mine")
+    commands.r1_command(short=True, seed=4, name="mine")
     assert "python -m minids r1 --resume runs/mine" in capsys.readouterr().out
     assert began == [dataclasses.replace(SHORT, seed=4)]

@@ -9,7 +9,7 @@ import torch
 from minids.config import ModelConfig
 from minids.data.tokenizer import ByteTokenizer
 from minids.model.transformer import MiniDS
-from minids.reasoning import rl, rollout, zero
+from minids.reasoning import commands, rl, rollout, zero
 from minids.reasoning.grpo import VARIANTS
 from minids.reasoning.rewards import R1_ZERO_WEIGHTS, RuleReward, Score
 from minids.reasoning.rl import Diverged, LogpMismatch, RLRecipe, RLTrainer, samples_as_text
@@ -301,6 +301,25 @@ def test_a_loop_that_trains_on_other_probabilities_than_it_sampled_stops(monkeyp
             trainer().train_step()
 
 
+def test_a_single_answer_may_be_routed_differently(monkeypatch):
+    """As where two experts score alike within rounding, and each pass takes another one. Two of eight are a mistake."""
+    for rerouted, allowed in ((1, True), (2, False)):
+        met = iter(range(100))
+
+        def elsewhere(model, tokens, temperature, met=met, rerouted=rerouted):
+            logp, entropy, routings = token_logps(model, tokens, temperature)
+            shift = [[0.01 * (next(met) < rerouted)] for _ in logp]
+            return logp - torch.tensor(shift), entropy, routings
+
+        monkeypatch.setattr(rl, "token_logps", elsewhere)
+        if allowed:
+            metrics, _ = trainer().train_step()
+            assert metrics["logp_gap"] == pytest.approx(0.01, abs=1e-3)
+        else:
+            with pytest.raises(LogpMismatch, match="in 2 of 8 answers"):
+                trainer().train_step()
+
+
 def test_an_exploded_gradient_stops_the_run():
     broken = trainer()
     broken.model.head.weight.register_hook(lambda g: g * math.inf)
@@ -321,22 +340,22 @@ def test_every_variant_runs(variant):
 
 
 def test_a_custom_reward_on_another_tokenizer_takes_few_lines():
-    """An engineer's way: any MiniDS, a list of prompts, a function."""
-
-    class Prompts:
-        def draw(self, rng, count):
-            return [Problem(rng.choice(["hello", "a longer prompt"])) for _ in range(count)]
-
-        def held_out(self, count):
-            return [Problem("held out")] * count
+    """An engineer's way: any MiniDS, lists of prompts, a function in which nothing is right or wrong."""
+    asked = []
 
     def short(problems, responses):
-        return [Score({"accuracy": 0.0, "short": 1 / len(r.tokens)}, 1 / len(r.tokens)) for r in responses]
+        asked.append({problem.prompt for problem in problems})
+        return [Score({"short": 1 / len(r.tokens)}, 1 / len(r.tokens)) for r in responses]
 
+    texts = ["hello", "a longer prompt", "held out", "this too", "one too many"]
+    problems = rl.ProblemSet(train=list(map(Problem, texts[:2])), test=list(map(Problem, texts[2:])))
     tokenizer = ByteTokenizer()
     model = MiniDS(ModelConfig.preset("nano", num_nextn_predict_layers=1))
-    history = RLTrainer(model, tokenizer, Prompts(), short, dataclasses.replace(RECIPE, steps=2)).run(progress=False)
-    assert history[-1]["held_out/pass@1"] == 0 and history[-1]["reward/short"] > 0
+    recipe = dataclasses.replace(RECIPE, steps=2, prompts=8, evaluation_problems=2)
+    history = RLTrainer(model, tokenizer, problems, short, recipe).run(progress=False)
+    assert history[-1]["held_out/reward/short"] > 0 and not any("pass@" in name for name in history[-1])
+    assert [prompts == set(texts[2:4]) for prompts in asked] == [True, False, False, True]
+    assert asked[1] | asked[2] == set(texts[:2])
 
 
 @pytest.mark.parametrize(
@@ -378,18 +397,18 @@ def test_the_command_trains_a_base_teaches_it_and_goes_on_where_it_stopped(tmp_p
     original = zero.web_text
     monkeypatch.setattr(zero, "web_text", lambda *args: original(*args, rows=40))
     recipe = dataclasses.replace(RECIPE, steps=3)
-    zero.rl_command(recipe=recipe, base_steps=4, variant="dr_grpo", name="one")
+    commands.rl_command(recipe=recipe, base_steps=4, variant="dr_grpo", name="one")
     assert "held_out/pass@1: " in capsys.readouterr().out
     folder = tmp_path / "runs" / "one"
     assert json.loads((folder / "rl.json").read_text())["recipe"]["averaging"] == "constant"
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3]
-    zero.rl_command(recipe=recipe, base=folder, name="two")  # its model is a base like any other
+    commands.rl_command(recipe=recipe, base=folder, name="two")  # its model is a base like any other
     with pytest.raises(ValueError, match="exists: choose another --name"):
-        zero.rl_command(name="two")
+        commands.rl_command(name="two")
     with pytest.raises(ValueError, match="has no rl.json"):
-        zero.rl_command(resume=tmp_path)
-    zero.rl_command(resume=folder)
+        commands.rl_command(resume=tmp_path)
+    commands.rl_command(resume=folder)
 
 
 def test_the_reward_of_the_recipe_is_accuracy_and_a_tenth_for_the_form():
