@@ -2,15 +2,16 @@
 
     python benchmarks/r1.py --seeds 0 1 2
 
-Takes some fifteen minutes of one core for each seed. The runs are kept as runs/r1-seed0 and so on; what is finished,
+Takes some twenty minutes of one core for each seed. The runs are kept as runs/r1-seed0 and so on; what is finished,
 or was made by `python -m minids r1 --seed 0 --name r1-seed0`, is read and not made again. The figures go to
 benchmarks/results/r1.json, which the chapter reads.
 """
 
 import argparse
 import json
+import shutil
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ THINKERS = ("base", "zero", "r1", "student_sft")
 BUDGETS = (0, 8, 16, 24, 32, 40, 48, 64)
 VOTERS = (1, 2, 4, 8, 16)
 PROBLEMS, SHOWN = 120, 8
+WEAKER = (500, 1000)
+"""Steps of pre-training."""
+CHAIN = ("base", "cold_start", "reasoning_rl", "rejection_sft", "r1")
+RL_STAGES = ("zero", "zero_english", "reasoning_rl", "r1", "student_rl")
 CURVE = ("step", "reward", "reward/accuracy", "reward/format", "reward/language", "length", "held_out/pass@1")
 
 
@@ -40,15 +45,29 @@ def thinking(run: R1Run, stage: str) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(1)
         figures = summary(answer_within(*asked, 4, thought_tokens=budget, generator=generator))
         budgets.append({name: figures[name] for name in ("pass@1", "pass@1_interval", "length")} | {"budget": budget})
-    groups = answer(
-        *asked, max(VOTERS), max_new_tokens=MAX_NEW_TOKENS, generator=torch.Generator().manual_seed(2)
-    )
+    groups = answer(*asked, max(VOTERS), max_new_tokens=MAX_NEW_TOKENS, generator=torch.Generator().manual_seed(2))
     length = summary(groups)["length"]
     votes = []
     for voters in VOTERS:
         mean, half = mean_with_interval(consensus(groups, voters))
         votes.append({"voters": voters, "cons": mean, "cons_interval": half, "length": voters * length})
     return {"budgets": budgets, "votes": votes}
+
+
+def weaker_students(run: R1Run) -> list[dict[str, Any]]:
+    """What rewards and R1's answers make of students that have read less: the ledger's rows of `WEAKER` students."""
+    rows = []
+    for steps in WEAKER:
+        other = R1Run(run.directory / f"student-{steps}", replace(run.recipe, student_steps=steps), progress=False)
+        if not other.directory.exists():
+            for stage in CHAIN:
+                shutil.copytree(run.directory / stage, other.directory / stage)
+            (other.directory / "student_sft").mkdir()
+            shutil.copy(run.directory / "student_sft" / "examples.jsonl", other.directory / "student_sft")
+        found = {row["stage"]: row for row in other.run(["student_rl", "student_sft"])}
+        rows += [found[stage] | {"student_steps": steps} for stage in ("student", "student_rl", "student_sft")]
+        print(f"{other.directory}:", *(f"{r['stage']} {r['pass@1']:.3f}" for r in rows[-3:]), flush=True)
+    return rows
 
 
 def curve(path: Path) -> list[dict[str, Any]]:
@@ -80,8 +99,9 @@ def measure(run: R1Run) -> dict[str, Any]:
             for stage, folder in of_stage.items()
             if (folder / "reasons.json").exists()
         },
-        "curves": {stage: curve(of_stage[stage]) for stage in ("zero", "reasoning_rl", "r1", "student_rl")},
+        "curves": {stage: curve(of_stage[stage]) for stage in RL_STAGES},
         "thinking": {stage: thinking(run, stage) for stage in THINKERS},
+        "weaker_students": weaker_students(run),
         "answers": answers(run) if run.recipe.seed == 0 else {},
     }
 

@@ -121,7 +121,7 @@ class BPETokenizer(Tokenizer):
         words = names[: -len(SPECIAL_TOKENS)]
         if tuple(names[len(words) :]) != SPECIAL_TOKENS:
             raise ValueError(f"a tokenizer's last ids must be {' '.join(SPECIAL_TOKENS)}, got {names[len(words) :]}")
-        byte_of = _byte_of_character()
+        byte_of = byte_of_character()
         if not set(byte_of) <= set(words) or not set("".join(words)) <= set(byte_of):
             raise ValueError("a BPE tokenizer must be byte-level: all 256 bytes and nothing else in its alphabet")
         super().__init__([bytes(byte_of[character] for character in word) for word in words])
@@ -145,7 +145,7 @@ class BPETokenizer(Tokenizer):
         core.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(SPECIAL_TOKENS),
-            initial_alphabet=sorted(_byte_of_character()),
+            initial_alphabet=sorted(byte_of_character()),
             show_progress=False,
         )
         core.train_from_iterator((piece for text in texts for piece in _cut(text)), trainer)
@@ -230,7 +230,7 @@ def _cut(text: str, length: int = 2**15) -> Iterator[str]:
     yield text[start:]
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's alphabet: printable bytes are written as themselves, the other ones as the characters from U+0100 on."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = {character: ord(character) for character in alphabet if ord(character) < 256}

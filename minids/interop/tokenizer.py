@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Integer
 
-from minids.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _byte_of_character
+from minids.data.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_of_character
 from minids.files import write_text_whole
 
 _CONFIG, _GENERATION = "tokenizer_config.json", "generation_config.json"
@@ -30,7 +30,7 @@ class CheckpointTokenizer(Tokenizer):
             self._config, model = files
             named = {f"<{name}>": self._config.get(f"{name}_token") for name in ("bos", "eos", "pad")}
             own = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
-            ids, added, byte_of = self._core.get_vocab(), self._core.get_added_tokens_decoder(), _byte_of_character()
+            ids, added, byte_of = self._core.get_vocab(), self._core.get_added_tokens_decoder(), byte_of_character()
             self.vocab_size = max(model["vocab_size"], 1 + max(ids.values()))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{directory}: its tokenizer cannot be read: {error}") from None

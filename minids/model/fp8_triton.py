@@ -1,4 +1,4 @@
-"""V3's promotion written out: a product of FP8 operands as one Triton kernel (V3 section 3.3.2).
+"""V3's promotion written out (FACTS.md section 5): a product of FP8 operands as one Triton kernel.
 
 Notable choices:
 - a program computes one tile of the output: 128 products along k on the tensor core, then both scales and the addition
