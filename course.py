@@ -53,7 +53,7 @@ def command_of(task: str) -> list[str]:
     if task == "train":
         return ["minids", "train"]
     if task == "test":
-        return ["pytest", "--nbval", "-n", "2", "--dist", "loadfile"]
+        return ["pytest", "--nbval", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     if task == "site":
         return ["docs.site.build"]
     chapters = sorted((ROOT / "chapters").glob("*.ipynb"))

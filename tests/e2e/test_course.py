@@ -39,7 +39,7 @@ def test_it_needs_the_standard_library_only():
 
 def test_the_commands_that_it_runs(course):
     assert course.command_of("train") == ["minids", "train"]
-    assert course.command_of("test") == ["pytest", "--nbval", "-n", "2", "--dist", "loadfile"]
+    assert course.command_of("test") == ["pytest", "--nbval", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     lab = course.command_of("lab")
     assert lab[0] == "jupyterlab" and f"--ServerApp.root_dir={ROOT}" in lab
 
