@@ -323,9 +323,12 @@ def test_a_rank_that_sleeps_does_not_outlive_the_others(tmp_path):
     """Interrupted from outside, as in a notebook, the run leaves nobody."""
 
     def work(rank):
-        (tmp_path / str(rank)).touch()
         if rank == 0:
+            while not (tmp_path / "1").exists():
+                time.sleep(0.01)
+            time.sleep(0.5)  # Python drops an interrupt that arrives while it forks
             os.kill(os.getppid(), signal.SIGINT)
+        (tmp_path / str(rank)).touch()
         time.sleep(60)
 
     start = time.monotonic()

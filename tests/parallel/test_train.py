@@ -154,13 +154,13 @@ class Collectives(TorchDispatchMode):
 
 @pytest.mark.parametrize("text", ["ep=2", "pp=2"])
 def test_every_wait_for_others_is_exposed_communication(text):
-    """Rank 1 comes half a second late, for which rank 0 waits."""
+    """Rank 1 comes two seconds late, for which rank 0 waits, less what itself is late on a busy machine."""
 
     def work(rank):
         each = trainer(text, 2, layers=4)
         each.train_step()
         take_rows = each.rows
-        each.rows = lambda batch: time.sleep(rank / 2) or take_rows(batch)
+        each.rows = lambda batch: time.sleep(2 * rank) or take_rows(batch)
         with Collectives() as collectives, waits() as seconds:
             metrics = each.train_step()
         step = 8 * 12 / metrics["tokens_per_second"]
@@ -169,8 +169,8 @@ def test_every_wait_for_others_is_exposed_communication(text):
         return sum(seconds), step
 
     (waited, step), (late_waited, late_step) = launch(work, 2)
-    assert 0.45 < waited < step
-    assert late_waited < late_step - 0.5
+    assert 1 < waited < step
+    assert late_waited < late_step - 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="compares with what Linux says")
