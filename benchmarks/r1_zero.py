@@ -44,7 +44,7 @@ class Run:
 
     @property
     def base_name(self) -> str:
-        return f"{self.task}, {self.base_optimizer}, seed {self.recipe.seed}"
+        return f"{self.task}-{self.base_optimizer}-seed{self.recipe.seed}"
 
 
 RUNS: dict[str, Run] = {f"recipe, seed {seed}": Run(RLRecipe(seed=seed)) for seed in (0, 1, 2)} | {
@@ -61,7 +61,7 @@ RUNS: dict[str, Run] = {f"recipe, seed {seed}": Run(RLRecipe(seed=seed)) for see
 
 def base(run: Run) -> tuple[MiniDS, float]:
     """The base model of a run, trained unless it is there, and the seconds of CPU that its training took."""
-    folder, task = BASES / run.base_name.replace(", ", "-").replace(" ", ""), TASKS[run.task]()
+    folder, task = BASES / run.base_name, TASKS[run.task]()
     if not (folder / "seconds").exists():
         began = time.process_time()
         recipe = replace(BASE_RECIPE, seed=run.recipe.seed, optimizer=run.base_optimizer)

@@ -105,7 +105,8 @@ _LEAST |= dict.fromkeys(("micro_batch_size", "evaluate_every", "evaluation_sampl
 _LEAST |= dict.fromkeys(("warmup_steps", "clip_low", "clip_high", "kl_weight", "balance_speed", "seed"), 0)
 _LEAST |= {"group_size": 2, "evaluation_problems": 2}
 
-LOGP_TOLERANCE, DYNAMIC_ROUNDS = 1e-4, 4
+LOGP_TOLERANCE = 1e-4
+DYNAMIC_ROUNDS = 4
 
 
 @runtime_checkable
