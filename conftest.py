@@ -15,5 +15,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "nbval_sanitize_with", "") is None:  # nbval would look for the file where it is started
         config.option.nbval_sanitize_with = str(ROOT / "tests" / "nbval_sanitize.cfg")
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # the kernels inherit both
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # the kernels inherit all three
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONSTARTUP"] = str(ROOT / "tests" / "labelled_figures.py")

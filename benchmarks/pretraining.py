@@ -123,7 +123,7 @@ CONTEXT_RECIPE = replace(RECIPE, batch_size=1024 // SHORT, learning_rate=6e-3, e
 
 
 def with_needles(data: TextData, length: int, seed: int, count: int, places: list[int] | int = 4) -> TokenizedCorpus:
-    """Stretches of text of `length` tokens. Into every one a key and a code are put, in a row the same code always.
+    """Stretches of text of `length` tokens. Into every one a key and a code are put, always the same code within a row.
 
     They stand at `places`, or at so many random ones, and once more at the end: whoever finds an earlier pair knows the
     code there.

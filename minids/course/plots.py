@@ -116,7 +116,7 @@ def loss_curve(metrics: Sequence[dict[str, Any]]) -> Figure:
     axes.plot(tokens, [m["loss"] for m in metrics], color=COLORS[0], linewidth=1, label="training loss, next token")
     if any(m["mtp_loss"] for m in metrics):
         mtp_loss = [m["mtp_loss"] for m in metrics]
-        axes.plot(tokens, mtp_loss, color=COLORS[4], linewidth=1, zorder=1, label="training loss, the token after it")
+        axes.plot(tokens, mtp_loss, LINES[3], color=COLORS[4], zorder=1, label="training loss, the token after it")
     validated = [m for m in metrics if "validation_bits_per_byte" in m]
     if validated:
         right = axes.twinx()

@@ -60,6 +60,11 @@ def on_one_process(recipe, layers):
     return course(trainer("", 1, recipe, layers=layers))
 
 
+@functools.cache
+def on_one_process_once(recipe):
+    return course(trainer("", 1, recipe, layers=4), 1)
+
+
 @pytest.mark.parametrize("text", LAYOUTS)
 def test_the_first_steps_equal_those_of_one_process(text):
     """Every rank reports the same, and what one process would have."""
@@ -74,6 +79,18 @@ def test_the_first_steps_equal_those_of_one_process(text):
         assert all(torch.equal(bias, biases[name]) for name, bias in its_biases.items())
         seen |= its_biases.keys()
     assert seen == biases.keys() and all(bias.any() for bias in biases.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("text", ["ep=2,dp=2", "pp=2,ep=2"])
+def test_one_step_in_few_bits_equals_that_of_one_process(text, precision):
+    """Only one: afterwards their rounding differs, since the ranks cut the batch into tiles of their own."""
+    recipe = dataclasses.replace(WANTED, precision=precision)
+    ((expected,), _, _), ((exact,), _, _) = (on_one_process_once(r) for r in (recipe, WANTED))
+    for (metrics,), _, _ in launch(lambda rank: course(trainer(text, 4, recipe, layers=4), 1), 4):
+        *losses, norm, violation = (a - b for a, b in zip(metrics, expected, strict=True))
+        assert max(map(abs, losses)) < 1e-5 and abs(norm) < 1e-3 and violation == 0
+    assert abs(expected[0] - exact[0]) > 1e-4, "the precision shows in the loss"
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
