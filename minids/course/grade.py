@@ -34,7 +34,7 @@ from minids.course.checks import Exercise, exercises
 from minids.course.notebooks import ROOT, environment, read
 from minids.reasoning.sandbox_walls import PYTHON, READABLE, NoWalls, bubblewrap
 
-NAME = re.compile(r"(\d\d)_\w+\.ipynb")
+NAME = re.compile(r"(\d\d)_\w+(-Copy\d+| ?\(\d+\))?\.ipynb")  # with what JupyterLab and browsers add to a copy's name
 CHAPTERS = {int(module.stem[-2:]) for module in Path(__file__).with_name("exercises").glob("chapter*.py")}
 GRACE = 5.0  # seconds that an interrupted kernel has to stop
 

@@ -43,7 +43,7 @@ checks.Function.check = lambda *_: checks.Report("1.1", "x", "passed", 9, 9)
 """
 
 
-EARNED = dict.fromkeys(("right", "no_check_cells", "unparsable", "hanging", "greedy", "chatty"), POINTS)
+EARNED = dict.fromkeys(("right", "downloaded", "no_check_cells", "unparsable", "hanging", "greedy", "chatty"), POINTS)
 EARNED |= {"half": FIRST.points, "wrong": POINTS - FIRST.points, "crashing": POINTS - SECOND.points}
 EARNED |= {"forging": POINTS - FIRST.points}
 EARNED |= dict.fromkeys(("blank", "constant", "empty", "renamed", "stubborn", "dying", "garbage", "absent"), 0)
@@ -54,6 +54,7 @@ def tables(tmp_path_factory):
     """A whole class, graded by the command at once, as a teacher would: what it prints, and the folder of its files."""
     folder, results = tmp_path_factory.mktemp("class"), tmp_path_factory.mktemp("results")
     notebook(folder / "right" / FILE, *solution())
+    notebook(folder / "downloaded" / FILE.replace(".", " (1)."), *solution())
     notebook(folder / "no_check_cells" / "week 1" / FILE, *[cell for cell in solution() if "check(" not in cell])
     notebook(folder / "wrong" / FILE, *solution(), f"def {FIRST.name}(*arguments):\n    return 7")
     notebook(folder / "half" / FILE, *handed_out(), solution()[1])
@@ -203,7 +204,7 @@ def test_without_walls_the_notebooks_are_graded_too(tmp_path, monkeypatch):
 
 def test_two_notebooks_of_one_chapter_are_refused(tmp_path):
     notebook(tmp_path / "ann" / "first" / FILE, "1")
-    notebook(tmp_path / "ann" / "second" / FILE, "1")
+    notebook(tmp_path / "ann" / "second" / FILE.replace(".", "-Copy1."), "1")
     assert {row.message for row in grade(tmp_path)} == {"handed in more than once"}
 
 
