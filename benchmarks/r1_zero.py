@@ -101,8 +101,8 @@ def carry_out(name: str) -> dict[str, Any]:
         trainer = RLTrainer(model, task.tokenizer, task, reward, run.recipe)
         evaluations = [{"step": 0} | trainer.evaluate()]
         while trainer.step < run.recipe.steps:
-            metrics, groups = trainer.train_step()
-            share = mean(writes_every_step(sample) for group in groups for sample in group)
+            metrics = trainer.train_step()
+            share = mean(writes_every_step(sample) for group in trainer.groups for sample in group)
             kept = ("reward", "reward/accuracy", "reward/format", "length", "entropy", "kl", "zero_advantage_groups")
             for key in kept:
                 curves.setdefault(key, []).append(metrics.get(key))
@@ -116,7 +116,7 @@ def carry_out(name: str) -> dict[str, Any]:
         "cpu_seconds": time.process_time() - began,
         "evaluations": evaluations,
         "curves": curves,
-        "last_answers": [[group[0].problem.prompt, group[0].response.text] for group in groups[:4]],
+        "last_answers": [[group[0].problem.prompt, group[0].response.text] for group in trainer.groups[:4]],
     }
 
 

@@ -26,36 +26,18 @@ from minids.inference.speculative import generate_speculatively
 from minids.interop.hf import load_pretrained, save_pretrained
 from minids.model.transformer import MiniDS
 from minids.parallel import schedule
-from minids.parallel.mesh import Layout, begins, processes, published, started_by_torchrun
+from minids.parallel.mesh import Layout, begins, processes, published
 from minids.parallel.trainer import ParallelTrainer
 from minids.reasoning.commands import r1_command, rl_command
-from minids.run import RUNS, Run, begin_run, load_run, newest_run, read_metrics, read_text, save_imported
-from minids.training.checkpoint import latest_checkpoint
-from minids.training.loop import Diverged, Recipe, Trainer
+from minids.run import RUNS, Run, begin_run, free_name, load_run, newest_run, read_metrics, read_text, save_imported
+from minids.training.loop import Recipe, Trainer
 from minids.training.metrics import summary_writer
-
-app = tyro.extras.SubcommandApp()
-
-
-def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a command: tyro reads its signature, and parsing returns it with its arguments, to run later."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def prepare(*args: Any, **kwargs: Any) -> Callable[[], None]:
-            return functools.partial(function, *args, **kwargs)
-
-        app.command(prepare, name=name)
-        return function
-
-    return register
-
+from minids.training.resumable import Diverged
 
 Positional, Flat = tyro.conf.Positional, tyro.conf.OmitArgPrefixes
 Device = Literal["auto", "cpu", "cuda"]
 
 
-@command("train")
 def train_command(
     preset: str = "tiny",
     recipe: Flat[Recipe] = Recipe(),  # noqa: B008 - frozen
@@ -67,7 +49,6 @@ def train_command(
     parallel: str = "",
     tensorboard: bool = False,
     device: Device = "auto",
-    threads: int | None = None,
 ) -> None:
     """Pre-train a model and keep the run under runs/; on several devices, start it with torchrun -m minids train.
 
@@ -77,26 +58,24 @@ def train_command(
         tokenizer: bytes, bpe:SIZE (trained on the text), or the path of a saved tokenizer.
         max_bytes: Read no more than this from each source of text.
         name: Folder under runs/; by default the preset's name, with a number where that is taken.
-        resume: Folder of a run to go on with; all but parallel, tensorboard, device, threads is read from there.
+        resume: Folder of a run to go on with; all but parallel, tensorboard and device is read from there.
         parallel: How the processes of torchrun share the work, such as ep=2,dp=2 or pp=4,schedule=zbv.
         tensorboard: Write the metrics also for TensorBoard, into the run's folder; needs its package.
         device: Where to train; auto takes CUDA where there is one.
-        threads: CPU threads; by default torch's choice.
     """
-    device = _choose(device, threads)
+    device = _choose(device)
     if tensorboard:
         summary_writer()  # a missing package is said before anything is written
     with processes(device) as world:
         layout = Layout.parse(parallel, world)
-        if resume is None:
-            layout.check(ModelConfig.preset(preset), recipe, world)
-        begun = begin_run(preset, recipe, data, tokenizer, max_bytes, name) if resume is None and begins() else None
+        run = Run.load(resume) if resume else Run(ModelConfig.preset(preset), recipe, data, max_bytes)
+        layout.check(run.config, run.recipe, world)
+        begun = begin_run(run, tokenizer, name or free_name(preset)) if not resume and begins() else None
         directory = resume or published(begun and begun[0])
         run = Run.load(directory)
         text = begun[1] if begun else read_text(run, load_tokenizer(directory))
-        layout.check(run.config, run.recipe, world)
         torch.manual_seed(run.recipe.seed)
-        if started_by_torchrun():
+        if torch.distributed.is_torchelastic_launched():
             if os.environ["RANK"] == "0":
                 print(layout.plan(run.config, run.recipe, device), flush=True)
             trainer = ParallelTrainer(MiniDS(run.config), text, run.recipe, layout, device)
@@ -106,16 +85,11 @@ def train_command(
             total, active = trainer.model.num_parameters(), trainer.model.num_active_parameters()
             print(f"{directory}: {total:,} parameters, {active:,} active; ", end="")
             print(f"{len(text.train.tokens):,} tokens of text, {len(text.validation.tokens):,} held out", flush=True)
-        interrupted = latest_checkpoint(directory / "checkpoints") is not None  # and started again by torchrun
-        try:
-            trainer.run(directory=directory, resume=resume is not None or interrupted, tensorboard=tensorboard)
-        except Diverged as error:
-            raise ValueError(f"{error}; the last good checkpoint, if any, is in {directory}/checkpoints") from None
+        trainer.run(directory=directory, tensorboard=tensorboard)
     if trainer.writes_files:
         _report(directory, run.recipe, device)
 
 
-@command("sample")
 def sample(
     run: Positional[Path | None] = None,
     prompt: str | None = None,
@@ -125,7 +99,6 @@ def sample(
     speculative: bool = False,
     seed: int = 0,
     device: Device = "auto",
-    threads: int | None = None,
 ) -> None:
     """Let a trained model go on with a text. Without --prompt it asks for one, again and again.
 
@@ -138,26 +111,20 @@ def sample(
         speculative: Draft with the MTP modules, and say how many drafts were accepted.
         seed: Seed of the draws.
     """
-    model, tokenizer = load_run(run or newest_run(), _choose(device, threads))
+    model, tokenizer = load_run(run or newest_run(), _choose(device))
     generator = torch.Generator(model.head.weight.device).manual_seed(seed)
     options = dict(max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p), generator=generator)
     if prompt is not None:
         _continue(model, tokenizer, prompt, speculative, options)
         return
-    while True:
-        try:
-            prompt = input("\nprompt (empty to leave)> ")
-        except EOFError:
-            return
-        if not prompt:
-            return
-        try:
-            _continue(model, tokenizer, prompt, speculative, options)
-        except ValueError as error:
-            print(error)
+    with contextlib.suppress(EOFError):
+        while prompt := input("\nprompt (empty to leave)> "):
+            try:
+                _continue(model, tokenizer, prompt, speculative, options)
+            except ValueError as error:
+                print(error)
 
 
-@command("export")
 def export(run: Positional[Path], directory: Positional[Path], fp8: bool = False) -> None:
     """Write the model of a run as a Hugging Face DeepSeek-V3 folder, which transformers loads.
 
@@ -172,7 +139,6 @@ def export(run: Positional[Path], directory: Positional[Path], fp8: bool = False
     print(f"{directory} holds {model.num_parameters(mtp=True):,} parameters as DeepseekV3ForCausalLM")
 
 
-@command("import")
 def import_command(directory: Positional[Path], name: Positional[str]) -> None:
     """Read a Hugging Face DeepSeek-V2 or V3 folder into a run, to sample from it.
 
@@ -190,34 +156,6 @@ def import_command(directory: Positional[Path], name: Positional[str]) -> None:
     print(f"    python -m minids sample {destination}")
 
 
-@command("bench")
-def bench_command(
-    names: Positional[tuple[str, ...]] = bench.QUESTIONS,
-    repeats: int = 7,
-    run: Path | None = None,
-    threads: int = 1,
-    json: bool = False,
-) -> None:
-    """Measure side by side with transformers, and print ratios with their spread.
-
-    Args:
-        names: What to measure: train, decode, experts, context, speculative.
-        repeats: How often both sides are measured in turn.
-        run: A trained run, for speculative decoding; by default the newest.
-        threads: CPU threads.
-        json: Print the figures as JSON.
-    """
-    torch.set_num_threads(threads)
-    bench.run(names, repeats, run, json)
-
-
-command("cost")(cost.cost_report)
-command("schedule")(schedule.schedule_command)
-command("rl")(rl_command)
-command("r1")(r1_command)
-
-
-@command("grade")
 def grade_command(
     submissions: Positional[Path],
     csv: Path | None = None,
@@ -251,11 +189,7 @@ def grade_command(
         grade.write_junit(grades, junit)
 
 
-def _choose(device: str, threads: int | None) -> str:
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads={threads}: must be at least 1")
-        torch.set_num_threads(threads)
+def _choose(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': there is no CUDA device here")
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -299,12 +233,37 @@ def _continue(model: MiniDS, tokenizer: Tokenizer, prompt: str, speculative: boo
     print()
 
 
+COMMANDS = {
+    "train": train_command,
+    "sample": sample,
+    "rl": rl_command,
+    "r1": r1_command,
+    "export": export,
+    "import": import_command,
+    "bench": bench.bench_command,
+    "grade": grade_command,
+    "cost": cost.cost_report,
+    "schedule": schedule.schedule_command,
+}
+
+
+def _later(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """What tyro shall call in place of `function`: it takes the arguments that were parsed, and runs nothing yet."""
+
+    @functools.wraps(function)
+    def prepare(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(function, *args, **kwargs)
+
+    return prepare
+
+
 def _parse() -> Callable[[], None]:
     """The command that was asked for, ready to run. Raises `ValueError` with tyro's complaint on one line."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return app.cli(prog="python -m minids", description=__doc__)
+            commands = {name: _later(function) for name, function in COMMANDS.items()}
+            return tyro.extras.subcommand_cli_from_dict(commands, prog="python -m minids", description=__doc__)
     except SystemExit as exit:
         if not exit.code:
             raise
@@ -318,7 +277,7 @@ def main() -> int:
     """Run the command; a user's mistake is one line on stderr and status 2."""
     try:
         _parse()()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Diverged) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):  # a mistake is one on all ranks
             print(f"minids: {error}", file=sys.stderr)
         return 2

@@ -5,20 +5,23 @@ down slows down both. Printed is the median ratio with its spread (smallest to l
 of this process; on one thread that is the time it takes undisturbed.
 """
 
-import json
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from json import dumps
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from tyro.conf import Positional
 
+from minids import cost
 from minids.config import ModelConfig
 from minids.inference.generate import Sampling, generate
 from minids.inference.speculative import generate_speculatively
@@ -26,7 +29,6 @@ from minids.interop.hf import save_pretrained
 from minids.model.transformer import MiniDS
 from minids.run import load_run, newest_run
 
-QUESTIONS = ("train", "memory", "decode", "experts", "context", "speculative")
 CONFIG = ModelConfig(
     vocab_size=512, hidden_size=256, intermediate_size=704, moe_intermediate_size=128, num_hidden_layers=6,
     num_nextn_predict_layers=0, num_attention_heads=8, num_key_value_heads=8, q_lora_rank=96, kv_lora_rank=64,
@@ -40,41 +42,6 @@ PROMPTS = (
     "The with statement is used to", "import os\n\ndef ", "    Return the ", "class Parser:\n    def __init__(self, ",
     "This module provides", "        if self._closed:\n            raise ", "for line in ", "An object of this type",
 )  # fmt: skip
-
-
-def run(questions: Sequence[str], repeats: int, trained: Path | None, as_json: bool) -> None:
-    """Answer `questions` and print them as a table, or as JSON."""
-    unknown = [name for name in questions if name not in QUESTIONS]
-    if unknown:
-        raise ValueError(f"unknown benchmark {unknown[0]!r}; there are {', '.join(QUESTIONS)}")
-    if repeats < 2:
-        raise ValueError(f"repeats={repeats}: a spread needs at least 2")
-    answers = {
-        "train": lambda: training(repeats),
-        "memory": peak_memory,
-        "decode": lambda: decoding(repeats),
-        "experts": lambda: number_of_experts(repeats),
-        "context": lambda: context_length(repeats),
-        "speculative": lambda: speculation(repeats, trained),
-    }
-    rows = []
-    for name in tqdm(questions, disable=as_json):
-        rows += answers[name]()
-    if torch.cuda.is_available():
-        rows += cuda_training(repeats)
-    machine = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if as_json:
-        print(json.dumps({"machine": machine, "rows": rows}, indent=1))
-        return
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print("| what | figure | smallest to largest | aim |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['what']} | {row['median']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['aim']} |")
 
 
 def training(repeats: int) -> list[dict]:
@@ -93,7 +60,7 @@ def training(repeats: int) -> list[dict]:
     return rows
 
 
-def peak_memory() -> list[dict]:
+def peak_memory(repeats: int) -> list[dict]:
     """Peak memory of a process that takes three training steps, transformers over minids; on Linux only."""
     if not Path("/proc/self/status").exists():
         return []
@@ -170,9 +137,9 @@ def context_length(repeats: int) -> list[dict]:
     return [_compare("decoding step, position 1024 / 128", steps_at(1024), steps_at(128), repeats, "< 1.5")]
 
 
-def speculation(repeats: int, trained: Path | None) -> list[dict]:
+def speculation(repeats: int) -> list[dict]:
     """Greedy decoding with the trained MTP module against plain decoding, at batch 1."""
-    model, tokenizer = load_run(trained or newest_run())
+    model, tokenizer = load_run(newest_run())
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in PROMPTS]
     options = dict(max_new_tokens=32, sampling=Sampling(0.0))  # longer ones of a small model are loops
     rates = []
@@ -203,14 +170,10 @@ def cuda_training(repeats: int) -> list[dict]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     rates = [tokens[:, 1:].numel() / s for s in seconds[2:]]
-    matmul_parameters = model.num_active_parameters() - config.vocab_size * config.hidden_size
-    head_width = config.qk_head_dim + config.v_head_dim
-    attention = 3 * config.num_hidden_layers * config.num_attention_heads * head_width * SMALL_SEQ_LEN
-    peak = {(9, 0): 989.5e12}.get(torch.cuda.get_device_capability())  # Hopper in bf16, FLOP/s; FACTS.md section 12
     rows = [_row("small on the GPU, thousand tokens/s in bf16", [rate / 1e3 for rate in rates], "")]
-    if peak is not None:
-        utilisation = [rate * (6 * matmul_parameters + attention) / peak for rate in rates]
-        rows.append(_row("small on the GPU, model FLOPs utilisation", utilisation, ""))
+    if torch.cuda.get_device_capability() == (9, 0):  # Hopper, whose peak is the default of `cost.mfu`
+        flops = cost.training_flops_per_token(config, SMALL_SEQ_LEN)
+        rows.append(_row("small on the GPU, model FLOPs utilisation", [cost.mfu(rate, flops) for rate in rates], ""))
     return rows
 
 
@@ -233,10 +196,8 @@ def _training_step(
 
 def _transformers_twin(model: MiniDS) -> torch.nn.Module:
     """The same weights in transformers' own model, with the implementation of experts that trains fastest."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise ValueError("the comparison needs transformers: pip install transformers") from None
+    from transformers import AutoModelForCausalLM  # slow to import, and needed by this command only
+
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, Path(folder) / "model")
         twin = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
@@ -262,3 +223,44 @@ def _cpu_seconds(function: Callable) -> float:
 
 def _row(what: str, figures: list[float], aim: str) -> dict:
     return {"what": what, "median": statistics.median(figures), "low": min(figures), "high": max(figures), "aim": aim}
+
+
+QUESTIONS = {
+    "train": training,
+    "memory": peak_memory,
+    "decode": decoding,
+    "experts": number_of_experts,
+    "context": context_length,
+    "speculative": speculation,
+}
+
+
+def bench_command(
+    names: Positional[tuple[Literal[*QUESTIONS], ...]] = tuple(QUESTIONS), repeats: int = 7, json: bool = False
+) -> None:
+    """Measure side by side with transformers, and print ratios with their spread.
+
+    Args:
+        names: What to measure; speculative decoding takes the newest run.
+        repeats: How often both sides are measured in turn.
+        json: Print the figures as JSON.
+    """
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats}: a spread needs at least 2")
+    torch.set_num_threads(1)
+    rows = [row for name in tqdm(names, disable=json) for row in QUESTIONS[name](repeats)]
+    if torch.cuda.is_available():
+        rows += cuda_training(repeats)
+    machine = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if json:
+        print(dumps({"machine": machine, "rows": rows}, indent=1))
+        return
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print("| what | figure | smallest to largest | aim |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['what']} | {row['median']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['aim']} |")

@@ -5,8 +5,13 @@ Notable choices: every field is a number or a word that a DeepSeek `config.json`
 """
 
 import dataclasses
+import math
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+Share = Annotated[float, "above 0 and at most 1"]
 
 
 @dataclass(frozen=True)
@@ -21,14 +26,9 @@ class YaRN:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            require(type(value) in (int, float) and 0 <= value < float("inf"), f.name, value, "must be a number >= 0")
+        check_fields(self, may_be_zero=("mscale", "mscale_all_dim"))
         require(self.factor >= 1, "factor", self.factor, "must be at least 1")
-        context = self.original_max_position_embeddings
-        require(context > 0, "original_max_position_embeddings", context, "must be positive")
-        ordered = self.beta_fast > self.beta_slow > 0
-        require(ordered, "beta_fast", self.beta_fast, f"must exceed beta_slow={self.beta_slow}, which must exceed 0")
+        require(self.beta_fast > self.beta_slow, "beta_fast", self.beta_fast, f"must exceed beta_slow={self.beta_slow}")
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,9 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`; an unknown field is a `ValueError`."""
-        unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown config field {unknown[0]!r}; a ModelConfig has {_names(cls)}")
-        fields = dict(fields)
-        if isinstance(fields.get("rope_scaling"), dict):
-            fields["rope_scaling"] = _yarn_from_dict(fields["rope_scaling"])
-        return cls(**fields)
+        if isinstance(rope := fields.get("rope_scaling"), dict):
+            fields = fields | {"rope_scaling": _make(YaRN, "rope_scaling", rope)}
+        return _make(cls, "config", fields)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ModelConfig":
@@ -156,7 +152,7 @@ class ModelConfig:
         require(self.selects_with_bias, "topk_method", self.topk_method, "only noaux_tc routing can be exported")
         require(self.scoring_func == "sigmoid", "scoring_func", self.scoring_func, "only sigmoid can be exported")
         fields = self.to_dict()
-        for name in ("attention", "expert_balance_alpha", "device_balance_alpha", "communication_balance_alpha"):
+        for name in ("attention", *_BALANCE_ONLY):
             del fields[name]
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
         if self.rope_scaling is not None:
@@ -180,59 +176,51 @@ def require(holds: bool, field: str, value: Any, rule: str) -> None:
         raise ValueError(f"{field}={value!r}: {rule}")
 
 
+def check_value(name: str, value: Any, kind: Any, may_be_zero: bool = False) -> None:
+    """Raise `ValueError` unless `value` is of the annotated `kind`; a number is finite and above 0, or `may_be_zero`.
+
+    An `int` is whole, a `Share` at most 1, a `Literal` one of its words; what is `| None` may be None.
+    """
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        require(value in parts, name, value, f"must be one of {', '.join(map(str, parts))}")
+    elif NoneType in parts:
+        if value is not None:
+            check_value(name, value, parts[0])
+    elif kind in _NUMBERS:
+        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        fits = number and (0 < value < math.inf or may_be_zero and value == 0) and not (kind is Share and value > 1)
+        require(fits, name, value, f"must be {_NUMBERS[kind]}{', or 0' if may_be_zero else ''}")
+    elif isinstance(kind, type):
+        require(isinstance(value, kind), name, value, f"must be a {kind.__name__}")
+
+
+_NUMBERS = {int: "a whole number, at least 1", float: "a finite number above 0", Share: "above 0 and at most 1"}
+
+
+def check_fields(config: Any, may_be_zero: Container[str] = ()) -> None:
+    """`check_value` of every field of a dataclass."""
+    for field in dataclasses.fields(config):
+        check_value(field.name, getattr(config, field.name), field.type, field.name in may_be_zero)
+
+
 def _check(c: ModelConfig) -> None:
-    for f in dataclasses.fields(c):
-        value = getattr(c, f.name)
-        if f.type is int:
-            require(isinstance(value, int) and not isinstance(value, bool), f.name, value, "must be a whole number")
-            least = 0 if f.name in _MAY_BE_ZERO else 1
-            require(value >= least, f.name, value, f"must be at least {least}")
-        if f.type is float:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(number and 0 <= value < float("inf"), f.name, value, "must be a finite number, at least 0")
-    for field, words in _CHOICES.items():
-        require(getattr(c, field) in words, field, getattr(c, field), f"must be one of {', '.join(words)}")
-    for field, kinds in (("q_lora_rank", (int,)), ("initializer_range", (int, float))):
-        value = getattr(c, field)
-        positive = type(value) in kinds and 0 < value < float("inf")
-        require(value is None or positive, field, value, "must be positive or None")
-    reachable = c.n_routed_experts // c.n_group * c.topk_group
-    pairs_need_two = c.topk_method == "noaux_tc" and c.n_group > 1
+    check_fields(c, _MAY_BE_ZERO + _BALANCE_ONLY)
+    heads, layers = c.num_attention_heads, c.num_hidden_layers
+    experts, groups, kept = c.n_routed_experts, c.n_group, c.topk_group
+    reachable = experts // groups * kept
+    scored_by_two = c.topk_method == "noaux_tc" and groups > 1
     rotated = "qk_rope_head_dim" if c.attention == "mla" else "v_head_dim"
     rules = [
-        (isinstance(c.rope_scaling, YaRN | None), "rope_scaling", "must be a YaRN or None"),
-        (type(c.norm_topk_prob) is bool, "norm_topk_prob", "must be True or False"),
         (c.rope_theta > 1, "rope_theta", "must exceed 1"),
-        (c.rms_norm_eps > 0, "rms_norm_eps", "must be positive"),
-        (c.routed_scaling_factor > 0, "routed_scaling_factor", "must be positive"),
-        (
-            c.num_attention_heads % c.num_key_value_heads == 0,
-            "num_key_value_heads",
-            f"must divide num_attention_heads={c.num_attention_heads}",
-        ),
+        (heads % c.num_key_value_heads == 0, "num_key_value_heads", f"must divide num_attention_heads={heads}"),
         (getattr(c, rotated) % 2 == 0, rotated, "must be even: rotation needs pairs"),
-        (
-            c.first_k_dense_replace <= c.num_hidden_layers,
-            "first_k_dense_replace",
-            f"must not exceed num_hidden_layers={c.num_hidden_layers}",
-        ),
-        (c.n_routed_experts % c.n_group == 0, "n_group", f"must divide n_routed_experts={c.n_routed_experts}"),
-        (c.topk_group <= c.n_group, "topk_group", f"must not exceed n_group={c.n_group}"),
-        (
-            c.num_experts_per_tok <= reachable,
-            "num_experts_per_tok",
-            f"must not exceed the {reachable} experts of the {c.topk_group} groups kept",
-        ),
-        (
-            not pairs_need_two or c.n_routed_experts // c.n_group >= 2,
-            "n_group",
-            "a group is scored by its two best experts, so it needs at least 2",
-        ),
-        (
-            c.topk_method != "greedy" or c.n_group == c.topk_group,
-            "topk_method",
-            "greedy routing knows no groups; set topk_group = n_group",
-        ),
+        (c.first_k_dense_replace <= layers, "first_k_dense_replace", f"must not exceed num_hidden_layers={layers}"),
+        (experts % groups == 0, "n_group", f"must divide n_routed_experts={experts}"),
+        (kept <= groups, "topk_group", f"must not exceed n_group={groups}"),
+        (c.num_experts_per_tok <= reachable, "num_experts_per_tok", f"must not exceed the {reachable} experts kept"),
+        (not scored_by_two or experts >= 2 * groups, "n_group", "scored by two experts, a group needs at least 2"),
+        (c.topk_method != "greedy" or groups == kept, "topk_method", "greedy needs topk_group = n_group"),
         # A float32 grouped matmul wants every row to start at a multiple of 16 bytes.
         (c.hidden_size % 8 == 0, "hidden_size", "must be a multiple of 8"),
         (c.moe_intermediate_size % 8 == 0, "moe_intermediate_size", "must be a multiple of 8"),
@@ -241,12 +229,8 @@ def _check(c: ModelConfig) -> None:
         require(holds, field, getattr(c, field), rule)
 
 
-_MAY_BE_ZERO = {"num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts"}
-_CHOICES = {
-    "attention": ("mla", "gqa"),
-    "scoring_func": ("sigmoid", "softmax"),
-    "topk_method": ("noaux_tc", "group_limited_greedy", "greedy"),
-}
+_BALANCE_ONLY = ("expert_balance_alpha", "device_balance_alpha", "communication_balance_alpha")
+_MAY_BE_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "aux_loss_alpha")
 _HF_REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"} | {
     "num_attention_heads",
     "kv_lora_rank",
@@ -277,15 +261,12 @@ _HF_V2_DEFAULTS = {
 }
 
 
-def _names(cls: type) -> str:
-    return ", ".join(f.name for f in dataclasses.fields(cls))
-
-
-def _yarn_from_dict(fields: dict[str, Any]) -> YaRN:
-    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(YaRN)})
+def _make(cls: type, what: str, fields: dict[str, Any]) -> Any:
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(fields) - set(names))
     if unknown:
-        raise ValueError(f"unknown rope_scaling field {unknown[0]!r}; YaRN has {_names(YaRN)}")
-    return YaRN(**fields)
+        raise ValueError(f"unknown {what} field {unknown[0]!r}; {cls.__name__} has {', '.join(names)}")
+    return cls(**fields)
 
 
 def _yarn_from_hf(rope: dict[str, Any]) -> YaRN | None:
@@ -297,7 +278,7 @@ def _yarn_from_hf(rope: dict[str, Any]) -> YaRN | None:
     fields = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta")}
     for name in ("factor", "original_max_position_embeddings"):
         require(name in fields, "rope_scaling", rope, f"must name {name}")
-    return _yarn_from_dict({"mscale_all_dim": 0.0} | fields)
+    return _make(YaRN, "rope_scaling", {"mscale_all_dim": 0.0} | fields)
 
 
 def _latent(hidden: int, layers: int, heads: int, q_rank: int, kv_rank: int, head: int, rope: int) -> dict[str, Any]:

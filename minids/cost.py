@@ -12,13 +12,12 @@ import inspect
 from collections.abc import Callable
 from json import dumps, loads
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from minids.config import PRESETS, ModelConfig, require
+from minids.config import PRESETS, ModelConfig, Share, check_value, require
 
-Share = Annotated[float, "above 0 and at most 1"]
 Schedule = Literal["one_f_one_b", "zb1p", "dualpipe"]
 
 H800_PEAK_FLOPS = 989.5e12  # per second, dense BF16 (FACTS.md section 12)
@@ -33,16 +32,7 @@ def formula(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def checked(*args, **kwargs):
         for name, value in signature.bind(*args, **kwargs).arguments.items():
-            kind = signature.parameters[name].annotation
-            positive = isinstance(value, (int, float)) and value is not True and 0 < value < float("inf")
-            if kind is float:
-                require(positive, name, value, "must be a finite number above 0")
-            elif kind is int:
-                require(positive and isinstance(value, int), name, value, "must be a whole number, at least 1")
-            elif kind is Share:
-                require(positive and value <= 1, name, value, "must be above 0 and at most 1")
-            elif get_origin(kind) is Literal:
-                require(value in get_args(kind), name, value, f"must be one of {', '.join(map(str, get_args(kind)))}")
+            check_value(name, value, signature.parameters[name].annotation)
         return function(*args, **kwargs)
 
     return checked

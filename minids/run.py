@@ -7,16 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from minids.config import ModelConfig
 from minids.data.batches import tokenize
 from minids.data.corpus import read_documents, split_documents
 from minids.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from minids.files import write_text_whole
-from minids.model.fp8_linear import convert_to_fp8
 from minids.model.transformer import MiniDS
-from minids.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from minids.training.checkpoint import load_model, save_checkpoint
 from minids.training.loop import Recipe, TextData, check
 
 RUNS = Path("runs")
@@ -33,14 +30,8 @@ class Run:
 
     def save(self, directory: Path) -> None:
         """Write run.json, whole or not at all."""
-        fields = {
-            "config": self.config.to_dict(),
-            "recipe": dataclasses.asdict(self.recipe),
-            "data": self.data,
-            "max_bytes": self.max_bytes,
-        }
         directory.mkdir(parents=True, exist_ok=True)
-        write_text_whole(directory / "run.json", json.dumps(fields, indent=1))
+        write_text_whole(directory / "run.json", json.dumps(dataclasses.asdict(self), indent=1))
 
     @classmethod
     def load(cls, directory: Path) -> "Run":
@@ -79,18 +70,18 @@ def _make_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
     return load_tokenizer(kind)
 
 
-def begin_run(
-    preset: str, recipe: Recipe, data: tuple[str, ...], tokenizer: str, max_bytes: int | None, name: str | None
-) -> tuple[Path, TextData]:
-    """Read the text and make a folder for the run. Raises `ValueError`, leaving nothing, where it could not train."""
-    directory = RUNS / name if name else free_directory(preset)
+def begin_run(run: Run, tokenizer: str, name: str) -> tuple[Path, TextData]:
+    """Read the text and make a folder for the run, whose model gets the vocabulary of the tokenizer.
+
+    Raises `ValueError`, leaving nothing, where it could not train.
+    """
+    directory = RUNS / name
     if directory.exists():
         raise ValueError(f"{directory} exists: choose another --name, or go on with --resume {directory}")
-    config = ModelConfig.preset(preset)
-    print(f"reading {', '.join(data)} ...", flush=True)
-    text = read_text(Run(config, recipe, data, max_bytes), tokenizer)
-    run = Run(config.replace(vocab_size=text.tokenizer.vocab_size), recipe, data, max_bytes)
-    check(run.config, text, recipe)
+    print(f"reading {', '.join(run.data)} ...", flush=True)
+    text = read_text(run, tokenizer)
+    run = dataclasses.replace(run, config=run.config.replace(vocab_size=text.tokenizer.vocab_size))
+    check(run.config, text, run.recipe)
     run.save(directory)
     text.tokenizer.save(directory)
     return directory, text
@@ -98,19 +89,7 @@ def begin_run(
 
 def load_run(directory: Path, device: str = "cpu") -> tuple[MiniDS, Tokenizer]:
     """The model of the newest checkpoint, in evaluation mode, and its tokenizer. Raises `ValueError` if damaged."""
-    newest = latest_checkpoint(directory / "checkpoints")
-    if newest is None:
-        raise ValueError(f"{directory} holds no checkpoint")
-    tensors, state = load_checkpoint(newest)
-    with torch.device("meta"):
-        model = MiniDS(ModelConfig.from_dict(state["config"]))
-    try:
-        model.load_state_dict(tensors["model"], assign=True)
-    except (RuntimeError, KeyError):
-        raise ValueError(f"{newest} is damaged: its tensors do not fit its config") from None
-    if state.get("recipe", {}).get("precision") == "fp8":
-        convert_to_fp8(model)
-    return model.to(device).eval(), load_tokenizer(directory)
+    return load_model(directory).to(device).eval(), load_tokenizer(directory)
 
 
 def newest_run() -> Path:
@@ -121,10 +100,10 @@ def newest_run() -> Path:
     return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
 
 
-def free_directory(name: str) -> Path:
-    """runs/NAME, or runs/NAME-2 and so on where that is taken."""
-    candidates = itertools.chain([RUNS / name], (RUNS / f"{name}-{i}" for i in itertools.count(2)))
-    return next(path for path in candidates if not path.exists())
+def free_name(name: str) -> str:
+    """NAME, or NAME-2 and so on where that is taken under runs/."""
+    candidates = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(name for name in candidates if not (RUNS / name).exists())
 
 
 def read_metrics(directory: Path) -> list[dict]:

@@ -30,6 +30,7 @@ from xml.etree import ElementTree
 from jupyter_client import BlockingKernelClient, KernelManager
 from tqdm import tqdm
 
+from minids.config import check_fields
 from minids.course.checks import Exercise, exercises
 from minids.course.notebooks import ROOT, environment, read
 from minids.reasoning.sandbox_walls import PYTHON, READABLE, NoWalls, bubblewrap
@@ -60,9 +61,7 @@ class Limits:
     memory: int = 8 * 2**30
 
     def __post_init__(self):
-        for field, value in asdict(self).items():
-            if not value > 0:
-                raise ValueError(f"{field}={value!r}: must be positive")
+        check_fields(self)
 
 
 class KernelLost(Exception):

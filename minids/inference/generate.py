@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minids.config import Share, check_fields
 from minids.model.transformer import KVCache, MiniDS
 
 
@@ -19,13 +20,10 @@ class Sampling:
     """How the next token is drawn from the logits. Temperature 0 takes the best; top_p cuts the tail before drawing."""
 
     temperature: float = 1.0
-    top_p: float = 1.0
+    top_p: Share = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature!r}: must be a finite number, at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p!r}: must lie in (0, 1]")
+        check_fields(self, may_be_zero=("temperature",))
 
     def probabilities(self, logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
         """The distribution that tokens are drawn from; greedy is the one that has all its mass on the best token."""

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from minids.config import require
 from minids.model.fp8 import dequantize, quantize
@@ -156,33 +156,27 @@ class Sharded:
 
     @torch.no_grad()
     def move(self, expert_of_slot: Int[Tensor, "slots"]) -> None:
-        """Fetch this rank's run of these slots; where an expert has several copies, the first one is copied."""
-        ranks, rank = self.mesh.size(), self.mesh.get_local_rank()
+        """Hold this rank's run of these slots; where an expert has several copies, the first one is copied.
+
+        One matrix after the other is gathered whole on every rank, which takes what it is worth.
+        """
         old = self.expert_of_slot
-        if old is None:
-            old = torch.arange(len(self.gate_proj), device=expert_of_slot.device)
-        source = slots_in_turn(expert_of_slot[:, None], old, first=True).flatten()
-        giver = source // (len(old) // ranks)
-        taker = torch.arange(len(source), device=source.device) // (len(source) // ranks)
-        given, taken = source[giver == rank] % (len(old) // ranks), giver[taker == rank]
-        counts = (torch.bincount(who, minlength=ranks).tolist() for who in (taker[giver == rank], taken))
-        route, order = Route(*counts, self.mesh.get_group()), taken.argsort(stable=True).argsort()
+        source = expert_of_slot if old is None else slots_in_turn(expert_of_slot[None], old)[0]
         for name, weight in list(self.named_parameters()):
-            local = weight.to_local()
-            message = local.index_select(0, given).flatten(1).view(torch.uint8)
-            local = route.exchange(message).view(local.dtype).index_select(0, order).unflatten(1, local.shape[1:])
-            whole = DTensor.from_local(local, self.mesh, [Shard(0)])
-            setattr(self, name, nn.Parameter(whole, weight.requires_grad))
+            self.share_out(name, weight.full_tensor()[source])
         self.expert_of_slot = expert_of_slot
 
+    def share_out(self, name: str, weight: Tensor) -> None:
+        """Keep this rank's run of a matrix that every rank has whole, as a DTensor."""
+        shard = distribute_tensor(weight.detach(), self.mesh, [Shard(0)], src_data_rank=None)
+        setattr(self, name, nn.Parameter(shard, getattr(self, name).requires_grad))
 
-def slots_in_turn(
-    experts: Int[Tensor, "tokens k"], expert_of_slot: Int[Tensor, "slots"], first: bool = False
-) -> Int[Tensor, "tokens k"]:
-    """A slot that holds each expert: token after token its copies take turns, or always the first."""
+
+def slots_in_turn(experts: Int[Tensor, "tokens k"], expert_of_slot: Int[Tensor, "slots"]) -> Int[Tensor, "tokens k"]:
+    """A slot that holds each expert: token after token its copies take turns, beginning with the first."""
     copies = torch.bincount(expert_of_slot)
     before = copies.cumsum(0) - copies
-    turn = torch.arange(len(experts), device=experts.device)[:, None] * (not first)
+    turn = torch.arange(len(experts), device=experts.device)[:, None]
     return expert_of_slot.argsort(stable=True)[before[experts] + turn % copies[experts]]
 
 
@@ -216,8 +210,7 @@ def shard_experts(model: MiniDS, mesh: DeviceMesh, precision: Precision = AS_IS)
             module.__class__ = ShardedFp8Experts if isinstance(module, Fp8Experts) else ShardedExperts
             module.mesh, module.precision = mesh, precision
             for name, weight in list(module.named_parameters()):
-                whole = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
-                setattr(module, name, nn.Parameter(whole, weight.requires_grad))
+                module.share_out(name, weight)
 
 
 def move_experts(model: MiniDS, placement: Placement) -> None:

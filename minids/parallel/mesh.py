@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from minids import cost
-from minids.config import ModelConfig, require
+from minids.config import ModelConfig, check_fields, require
 from minids.model.moe import Experts
 from minids.model.transformer import Block, MiniDS
 from minids.parallel.activations import activation_bytes
@@ -46,8 +46,7 @@ class Layout:
     schedule: str = "dualpipev"
 
     def __post_init__(self):
-        for axis in ("pp", "dp", "ep"):
-            require(getattr(self, axis) >= 1, axis, getattr(self, axis), "must be at least 1")
+        check_fields(self)
 
     @classmethod
     def parse(cls, text: str, world: int) -> "Layout":
@@ -245,18 +244,13 @@ def reshard(parts: list[MiniDS]) -> None:
 # Processes that torchrun started -------------------------------------------------------------------------------------
 
 
-def started_by_torchrun() -> bool:
-    """Whether other processes may belong to this one."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 @contextmanager
 def processes(device: str, patience: float = 60) -> Iterator[int]:
     """Join the processes that torchrun started with this one; gives their number, 1 where there is no torchrun.
 
     Who waits longer than `patience` seconds for another one gives up.
     """
-    if not started_by_torchrun():
+    if not dist.is_torchelastic_launched():
         yield 1
         return
     if device == "cuda":
@@ -273,12 +267,12 @@ def processes(device: str, patience: float = 60) -> Iterator[int]:
 
 def begins() -> bool:
     """Whether this process is the one to begin a new run: rank 0, unless a run was published before a restart."""
-    return not started_by_torchrun() or dist.get_rank() == 0 and not _store().check([RUN])
+    return not dist.is_torchelastic_launched() or dist.get_rank() == 0 and not _store().check([RUN])
 
 
 def published(directory: Path | None) -> Path:
     """The run's folder on every rank, from the one that began it and knows it; the others wait."""
-    if not started_by_torchrun():
+    if not dist.is_torchelastic_launched():
         return directory
     store = _store()
     if directory is not None:

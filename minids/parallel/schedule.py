@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import tyro
 
+from minids.config import require
 from minids.cost import BUBBLES
 from minids.parallel.timeline import Action, Pair, Route, Schedule, Stop, Timeline, draw, gantt
 from minids.parallel.timeline import ScheduleError as ScheduleError  # who makes schedules finds their error here
@@ -92,9 +93,9 @@ def interleaved_one_f_one_b(ranks: int, micro_batches: int, stages_per_rank: int
     All groups are equal, of as many micro-batches as there are ranks, or the few more that leave no remainder.
     """
     _check_size(ranks, micro_batches)
-    _require(stages_per_rank >= 1, f"stages_per_rank={stages_per_rank}: must be at least 1")
+    require(stages_per_rank >= 1, "stages_per_rank", stages_per_rank, "must be at least 1")
     groups = max(1, micro_batches // ranks)
-    _require(micro_batches % groups == 0, f"micro_batches={micro_batches}: must divide into {groups} equal groups")
+    require(micro_batches % groups == 0, "micro_batches", micro_batches, f"must divide into {groups} equal groups")
     group = micro_batches // groups
     chunks = [i // group % stages_per_rank for i in range(micro_batches * stages_per_rank)]
     forwards = [f"F{chunk}" for chunk in chunks]
@@ -127,7 +128,7 @@ def zbv(ranks: int, micro_batches: int) -> Schedule:
     """ZB-V: two stages per rank along a V, halved backwards; without a bubble between actions where F = I = W."""
     _check_size(ranks, micro_batches)
     least = 2 * ranks - 1
-    _require(micro_batches >= least, f"micro_batches={micro_batches}: must be at least 2 * ranks - 1 = {least}")
+    require(micro_batches >= least, "micro_batches", micro_batches, f"must be at least 2 * ranks - 1 = {least}")
 
     def program(rank: int) -> list[str]:
         return (
@@ -148,9 +149,9 @@ def zbv(ranks: int, micro_batches: int) -> Schedule:
 def dualpipe(ranks: int, micro_batches: int) -> Schedule:
     """DualPipe: half of the micro-batches enters at each end (V3 section 3.2.1; FACTS.md section 6.1)."""
     _check_size(ranks, micro_batches)
-    _require(ranks % 2 == 0, f"ranks={ranks}: must be even")
-    _require(micro_batches % 2 == 0, f"micro_batches={micro_batches}: must be even, half for each direction")
-    _require(micro_batches >= 2 * ranks, f"micro_batches={micro_batches}: must be at least 2 * ranks = {2 * ranks}")
+    require(ranks % 2 == 0, "ranks", ranks, "must be even")
+    require(micro_batches % 2 == 0, "micro_batches", micro_batches, "must be even, half for each direction")
+    require(micro_batches >= 2 * ranks, "micro_batches", micro_batches, f"must be at least 2 * ranks = {2 * ranks}")
 
     def program(rank: int) -> list[str]:
         return _eight_steps(ranks // 2, min(rank, ranks - 1 - rank), micro_batches // 2)
@@ -161,7 +162,7 @@ def dualpipe(ranks: int, micro_batches: int) -> Schedule:
 def dualpipev(ranks: int, micro_batches: int) -> Schedule:
     """DualPipeV: one half of DualPipe, its other direction folded back into a V (FACTS.md section 6.1)."""
     _check_size(ranks, micro_batches)
-    _require(micro_batches >= 2 * ranks, f"micro_batches={micro_batches}: must be at least 2 * ranks = {2 * ranks}")
+    require(micro_batches >= 2 * ranks, "micro_batches", micro_batches, f"must be at least 2 * ranks = {2 * ranks}")
 
     def program(rank: int) -> list[str]:
         return _eight_steps(ranks, rank, micro_batches)
@@ -195,13 +196,8 @@ def _in_turn(forwards: list[str], backwards: list[str], ahead: int) -> list[str]
 
 
 def _check_size(ranks: int, micro_batches: int) -> None:
-    _require(ranks >= 1, f"ranks={ranks}: must be at least 1")
-    _require(micro_batches >= 1, f"micro_batches={micro_batches}: must be at least 1")
-
-
-def _require(condition: bool, rule: str) -> None:
-    if not condition:
-        raise ValueError(rule)
+    require(ranks >= 1, "ranks", ranks, "must be at least 1")
+    require(micro_batches >= 1, "micro_batches", micro_batches, "must be at least 1")
 
 
 # Side by side ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from minids.model.transformer import MiniDS
 from minids.parallel.mesh import Layout, reshard, shard
 from minids.parallel.pipeline import Pipeline, local
 from minids.training.checkpoint import load_optimizer_tensors, write_state
-from minids.training.loop import Diverged, Recipe, TextData, Trainer, micro_batches
+from minids.training.loop import Recipe, TextData, Trainer, micro_batches, validation_batches
 from minids.training.loss import IGNORED, Losses, Share, losses, targets
 from minids.training.metrics import Metrics
 
@@ -194,7 +194,7 @@ class ParallelTrainer(Trainer):
         self.model.eval()
         token_bytes = self.data.tokenizer.token_bytes()
         nats, byte_count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for batch in self.validation_batches():
+        for batch in validation_batches(self.data, self.recipe):
             labels = targets(batch)
             nats += self._summed_nats(self._on_device(self.rows(batch)))
             byte_count += token_bytes[labels[labels != IGNORED]].sum().item()
@@ -230,8 +230,6 @@ class ParallelTrainer(Trainer):
         """As in `Trainer`. Raises `ConnectionError` naming the ranks that died or do not answer."""
         try:
             return super().run(**options)
-        except Diverged:
-            raise
         except RuntimeError as error:
             silent = _silent_ranks()
             if not silent:

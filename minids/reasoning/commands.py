@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import torch
 import tyro
 
 from minids.files import write_text_whole
@@ -14,7 +13,6 @@ from minids.reasoning.rewards import R1_ZERO_WEIGHTS
 from minids.reasoning.rl import RLRecipe, RLTrainer
 from minids.reasoning.tasks import TASKS, TaskName
 from minids.reasoning.zero import BASE_RECIPE, base_trainer, load_base, rule_reward
-from minids.training.checkpoint import latest_checkpoint
 
 
 def rl_command(
@@ -28,7 +26,6 @@ def rl_command(
     name: str | None = None,
     resume: Path | None = None,
     weaker_sandbox: bool = False,
-    threads: int | None = None,
 ) -> None:
     """Teach a base model by rewards alone, as R1-Zero was, and keep the run under runs/.
 
@@ -40,12 +37,9 @@ def rl_command(
         base: Folder of a run to start from; by default a base is trained first.
         base_steps: Steps of that training.
         name: Folder under runs/; by default rl-TASK.
-        resume: Folder of a run to go on with; all but weaker_sandbox and threads is then read from there.
+        resume: Folder of a run to go on with; all but weaker_sandbox is then read from there.
         weaker_sandbox: Run programs also where the sandbox's strong walls cannot be had.
-        threads: CPU threads; by default torch's choice.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     directory = resume or Path("runs") / (name or f"rl-{task}")
     if resume is None:
         if directory.exists():
@@ -76,7 +70,7 @@ def _carry_out(directory: Path, weaker_sandbox: bool) -> None:
         else:
             print(f"{directory}/base: a base model reads the web", flush=True)
             trainer = base_trainer(task, base_recipe)
-            trainer.run(directory=directory / "base", resume=_has_begun(directory / "base"))
+            trainer.run(directory=directory / "base")
             if trainer.step < base_recipe.steps:
                 print(f"Stopped. Go on with:\n    python -m minids rl --resume {directory}")
                 return
@@ -84,7 +78,7 @@ def _carry_out(directory: Path, weaker_sandbox: bool) -> None:
         task.tokenizer.save(directory)
         trainer = RLTrainer(model, task.tokenizer, task, reward, recipe)
         print(f"{directory}: {model.num_parameters():,} parameters learn from rewards", flush=True)
-        trainer.run(directory=directory, resume=_has_begun(directory))
+        trainer.run(directory=directory)
     if trainer.step < recipe.steps:
         print(f"\nStopped after step {trainer.step}. Go on with:\n    python -m minids rl --resume {directory}")
         return
@@ -96,17 +90,12 @@ def _carry_out(directory: Path, weaker_sandbox: bool) -> None:
     print(f"Kept in {directory}/: checkpoints, metrics.jsonl, samples/")
 
 
-def _has_begun(directory: Path) -> bool:
-    return latest_checkpoint(directory / "checkpoints") is not None
-
-
 def r1_command(
     short: bool = False,
     seed: int = 0,
     stages: tuple[str, ...] = (),
     name: str | None = None,
     resume: Path | None = None,
-    threads: int | None = None,
 ) -> None:
     """Make R1 from a base model stage by stage, distil it into a small student, and keep all under runs/.
 
@@ -117,10 +106,7 @@ def r1_command(
             rejection_sft, r1, student, student_rl, student_sft, student_logits.
         name: Folder under runs/; by default r1, or r1-short.
         resume: Folder of a run to go on with; short and seed are then read from there.
-        threads: CPU threads; by default torch's choice.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise ValueError(f"stages: there is no {unknown[0]!r}, only {', '.join(STAGES)}")
     directory = resume or Path("runs") / (name or ("r1-short" if short else "r1"))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from minids.config import ModelConfig
+from minids.config import ModelConfig, check_fields, require
 from minids.files import write_text_whole
 from minids.model.transformer import MiniDS
 from minids.reasoning.budget import consensus
@@ -28,7 +28,6 @@ from minids.reasoning.rollout import Sample, answer, summary
 from minids.reasoning.sft import Example, SFTTrainer, as_lines, careful_solutions, read_examples, sft_recipe
 from minids.reasoning.tasks import Task, TraceTask
 from minids.reasoning.zero import BASE_RECIPE, base_config, load_base, web_text
-from minids.training.checkpoint import latest_checkpoint
 from minids.training.loop import TextData, Trainer, validation_batches
 from minids.training.loss import bits_per_byte
 
@@ -60,10 +59,8 @@ class R1Recipe:
     evaluation_samples: int = 8
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            least = {"seed": 0, "evaluation_problems": 2}.get(name, 1)
-            if value < least:
-                raise ValueError(f"{name}={value!r}: must be at least {least}")
+        check_fields(self, may_be_zero=("seed",))
+        require(self.evaluation_problems >= 2, "evaluation_problems", self.evaluation_problems, "must be at least 2")
 
 
 SHORT = R1Recipe(
@@ -133,8 +130,7 @@ class R1Run:
         resumed, began = here.exists(), time.process_time()
         here.mkdir(parents=True, exist_ok=True)
         trainer = stage.trainer(self)
-        begun = latest_checkpoint(here / "checkpoints") is not None
-        trainer.run(directory=here, resume=begun, progress=self.progress)
+        trainer.run(directory=here, progress=self.progress)
         if trainer.step < trainer.recipe.steps:
             raise KeyboardInterrupt
         spent = None if resumed else time.process_time() - began  # a resumed stage knows only of its last part

@@ -6,13 +6,12 @@ groups that teach nothing count in the averages but cost no backward pass.
 """
 
 import copy
-import dataclasses
 import math
 import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -20,8 +19,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
+from minids.config import check_fields, require
 from minids.data.tokenizer import Tokenizer
 from minids.files import write_text_whole
 from minids.model.transformer import MiniDS
@@ -37,16 +36,10 @@ from minids.reasoning.rollout import (
     token_logps,
 )
 from minids.reasoning.tasks import Problem
-from minids.training.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
-from minids.training.loop import Diverged, remove_checkpoint, stop_requests
-from minids.training.metrics import Metrics, cut_metrics, metrics_file
-from minids.training.optimizer import make_optimizers, set_learning_rate
+from minids.training.checkpoint import load_checkpoint
+from minids.training.metrics import Metrics
+from minids.training.optimizer import make_optimizers
+from minids.training.resumable import Diverged, Loop
 
 
 @dataclass(frozen=True)
@@ -92,18 +85,10 @@ class RLRecipe:
     checkpoint_every: int = 20
 
     def __post_init__(self):
-        for name, least in _LEAST.items():
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be a finite number, at least {least}")
-        for name in ("learning_rate", "clip_norm", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be a finite number above 0")
+        check_fields(self, ("warmup_steps", "clip_low", "clip_high", "kl_weight", "balance_speed", "seed"))
+        require(self.group_size >= 2, "group_size", self.group_size, "must be at least 2")
+        require(self.evaluation_problems >= 2, "evaluation_problems", self.evaluation_problems, "must be at least 2")
 
-
-_LEAST = dict.fromkeys(("steps", "prompts", "max_new_tokens", "inner_epochs", "refresh_reference_every"), 1)
-_LEAST |= dict.fromkeys(("micro_batch_size", "evaluate_every", "evaluation_samples", "checkpoint_every"), 1)
-_LEAST |= dict.fromkeys(("warmup_steps", "clip_low", "clip_high", "kl_weight", "balance_speed", "seed"), 0)
-_LEAST |= {"group_size": 2, "evaluation_problems": 2}
 
 LOGP_TOLERANCE = 1e-4
 DYNAMIC_ROUNDS = 4
@@ -138,67 +123,28 @@ class LogpMismatch(RuntimeError):
     """Training computes other probabilities than sampling did: the ratio of GRPO would mean nothing."""
 
 
-class RLTrainer:
-    """A model that learns from rewards: everything that a checkpoint holds."""
+class RLTrainer(Loop):
+    """A model that learns from rewards; `groups` are the answers of the last step. The base is judged as step 0."""
+
+    judges_the_start = True
 
     def __init__(self, model: MiniDS, tokenizer: Tokenizer, problems: Problems, reward: Reward, recipe: RLRecipe):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"vocab_size={model.config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens")
-        self.model, self.tokenizer, self.problems, self.reward = model, tokenizer, problems, reward
-        self.recipe = recipe
-        self.optimizers = make_optimizers(model, "adamw", recipe.learning_rate, weight_decay=0.0)
+        super().__init__(model, recipe, make_optimizers(model, "adamw", recipe.learning_rate, weight_decay=0.0))
+        self.tokenizer, self.problems, self.reward = tokenizer, problems, reward
         self.reference = copy.deepcopy(model).requires_grad_(False).eval() if recipe.kl_weight else None
-        self.step = 0
+        self.groups: list[list[Sample]] = []
 
-    def run(
-        self,
-        *,
-        directory: Path | None = None,
-        resume: bool = False,
-        progress: bool = True,
-        on_step: Callable[[Metrics], None] | None = None,
-    ) -> list[Metrics]:
-        """Train to the end of the recipe, or to the first Ctrl-C; returns the metrics of step 0 (the base) and on.
+    def judge(self, directory: Path | None) -> Metrics:
+        """How well the model does, and in samples/ the answers of the last step."""
+        if directory is not None and self.groups:
+            (directory / "samples").mkdir(exist_ok=True)
+            write_text_whole(directory / "samples" / f"step-{self.step:08d}.txt", samples_as_text(self.groups))
+        return self.evaluate()
 
-        With `directory`, checkpoints, metrics.jsonl and samples/ are kept there; `resume` goes on from the newest
-        checkpoint. Raises `ValueError` when there is nothing to resume.
-        """
-        steps, history = self.recipe.steps, []
-        if resume:
-            newest = latest_checkpoint(directory / "checkpoints")
-            if newest is None:
-                raise ValueError(f"{directory} holds no checkpoint to resume from")
-            self.load(newest)
-        if directory is not None:
-            cut_metrics(directory / "metrics.jsonl", self.step if resume else -1)
-        bar = tqdm(total=steps, initial=self.step, unit="step", disable=not progress, dynamic_ncols=True)
-        with bar, stop_requests() as stop_requested, metrics_file(directory) as write:
-
-            def report(metrics: Metrics) -> None:
-                write(metrics)
-                history.append(metrics)
-                if on_step is not None:
-                    on_step(metrics)
-
-            if not self.step and not resume:
-                report({"step": 0} | self.evaluate())
-            while self.step < steps and not stop_requested.is_set():
-                metrics, groups = self.train_step()
-                done = self.step == steps
-                if done or self.step % self.recipe.evaluate_every == 0:
-                    metrics |= self.evaluate()
-                    if directory is not None:
-                        (directory / "samples").mkdir(exist_ok=True)
-                        text = samples_as_text(groups)
-                        write_text_whole(directory / "samples" / f"step-{self.step:08d}.txt", text)
-                report(metrics)
-                bar.set_postfix_str(f"reward {metrics['reward']:.2f}, {metrics['length']:.0f} tokens", refresh=False)
-                bar.update()
-                if directory is not None and (done or self.step % self.recipe.checkpoint_every == 0):
-                    self.save(directory / "checkpoints")
-            if directory is not None and 0 < self.step < steps:
-                self.save(directory / "checkpoints")
-        return history
+    def summary(self, metrics: Metrics) -> str:
+        return f"reward {metrics['reward']:.2f}, {metrics['length']:.0f} tokens"
 
     def evaluate(self) -> Metrics:
         """pass@1, pass@k and the rest of `rollout.evaluate` on held-out problems, as held_out/... ."""
@@ -210,28 +156,26 @@ class RLTrainer:
         )  # fmt: skip
         return {f"held_out/{name}": value for name, value in metrics.items()}
 
-    def train_step(self) -> tuple[Metrics, list[list[Sample]]]:
-        """Sample, score, and update `inner_epochs` times; returns metrics, and the groups of answers.
+    def train_step(self) -> Metrics:
+        """Sample, score, and update `inner_epochs` times.
 
         Raises `LogpMismatch` where training and sampling disagree.
         """
         recipe, began = self.recipe, time.perf_counter()
         if self.reference is not None and self.step and self.step % recipe.refresh_reference_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
-        groups, zero_advantage = self.collect()
+        self.groups, zero_advantage = self.collect()
         sampled = time.perf_counter()
-        warmed_up = min(1.0, (self.step + 1) / max(recipe.warmup_steps, 1))
-        set_learning_rate(self.optimizers, recipe.learning_rate * warmed_up)
-        updates = [self.update(groups, check=epoch == 0) for epoch in range(recipe.inner_epochs)]
+        updates = [self.update(self.groups, check=epoch == 0) for epoch in range(recipe.inner_epochs)]
         self.step += 1
         return {
             "step": self.step,
-            **averages([sample for group in groups for sample in group]),
+            **averages([sample for group in self.groups for sample in group]),
             "zero_advantage_groups": zero_advantage,
             **{name: statistics.fmean(u[name] for u in updates if name in u) for name in updates[0]},
             "sampling_seconds": sampled - began,
             "seconds": time.perf_counter() - began,
-        }, groups
+        }
 
     def collect(self) -> tuple[list[list[Sample]], float]:
         """A step's groups of answers, and the share of all groups sampled that had nothing to teach."""
@@ -291,43 +235,23 @@ class RLTrainer:
             if recipe.balance_speed:
                 loads = loads + torch.stack([part.load(routing) for routing in routings])
         gap = _check_logps(torch.cat(gaps)) if check else 0.0
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm).item()
+        norm = self.clip_gradients()
         if not math.isfinite(norm):
             raise Diverged(f"the gradient of step {self.step + 1} is {norm}: learning_rate may be too high")
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.descend(recipe.learning_rate * min(1.0, (self.step + 1) / max(recipe.warmup_steps, 1)))
         if recipe.balance_speed:
             model.update_balance_bias(loads, recipe.balance_speed)
         tokens = sums.pop("tokens")
         means = {name: value / tokens for name, value in sums.items()}
         return {"gradient_norm": norm} | means | ({"logp_gap": gap} if check else {})
 
-    def save(self, directory: Path) -> None:
-        """Write the checkpoint of this step, then drop all but the two newest."""
-        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizers)}
-        if self.reference is not None:
-            tensors["reference"] = self.reference.state_dict()
-        recipe, config = dataclasses.asdict(self.recipe), self.model.config.to_dict()
-        destination = directory / f"step-{self.step:08d}"
-        if not destination.exists():
-            save_checkpoint(destination, tensors, {"step": self.step, "config": config, "recipe": recipe})
-        for old in sorted(directory.glob("step-*"))[:-2]:
-            remove_checkpoint(old)
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return super().tensors() | ({"reference": self.reference.state_dict()} if self.reference is not None else {})
 
-    def load(self, folder: Path) -> None:
-        """Go on where the checkpoint was written. Raises `ValueError` where it is damaged or of another run."""
-        tensors, state = load_checkpoint(folder)
-        if state["config"] != self.model.config.to_dict():
-            raise ValueError(f"{folder} is of a model with another config")
-        for name, value in dataclasses.asdict(self.recipe).items():
-            if state["recipe"].get(name) != value:
-                raise ValueError(f"{name}={value!r}: the run was started with {state['recipe'].get(name)!r}")
-        self.model.load_state_dict(tensors["model"])
-        load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
+    def load_tensors(self, folder: Path) -> None:
+        super().load_tensors(folder)
         if self.reference is not None:
-            self.reference.load_state_dict(tensors["reference"])
-        self.step = state["step"]
+            self.reference.load_state_dict(load_checkpoint(folder)[0]["reference"])
 
 
 def _rewards(groups: Sequence[Sequence[Sample]]) -> Float[Tensor, "groups size"]:

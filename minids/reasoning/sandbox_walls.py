@@ -19,8 +19,10 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+from minids.config import check_fields
 
 STRONG = (("bubblewrap", "seccomp", "rlimits"), ("bubblewrap", "rlimits"))
 WEAKER = (("landlock", "seccomp", "rlimits"),)
@@ -44,9 +46,7 @@ class Limits:
     answer: int = 2**16  # the result of one call, as text
 
     def __post_init__(self):
-        for field, value in asdict(self).items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{field}={value!r}: must be positive and finite")
+        check_fields(self)
 
 
 class NoWalls(OSError):

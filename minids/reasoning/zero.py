@@ -14,7 +14,7 @@ from minids.model.transformer import MiniDS
 from minids.reasoning.rewards import R1_ZERO_WEIGHTS, Reward, RuleReward
 from minids.reasoning.sandbox import Sandbox
 from minids.reasoning.tasks import Task, TaskName, Web
-from minids.training.checkpoint import latest_checkpoint, load_checkpoint
+from minids.training.checkpoint import load_model
 from minids.training.loop import Recipe, TextData, Trainer
 
 BASE_RECIPE = Recipe(
@@ -67,15 +67,9 @@ def base_trainer(task: Task, recipe: Recipe = BASE_RECIPE, web: Web = Web()) -> 
 
 def load_base(directory: Path, task: Task) -> MiniDS:
     """The model of a run's newest checkpoint. Raises `ValueError` where it cannot be one for this task."""
-    newest = latest_checkpoint(directory / "checkpoints")
-    if newest is None:
-        raise ValueError(f"{directory} holds no checkpoint")
-    tensors, state = load_checkpoint(newest)
-    config = ModelConfig.from_dict(state["config"])
-    if config.vocab_size != task.tokenizer.vocab_size:
-        raise ValueError(f"{directory} has vocab_size={config.vocab_size}: the task has {task.tokenizer.vocab_size}")
-    model = MiniDS(config)
-    model.load_state_dict(tensors["model"])
+    model, expected = load_model(directory), task.tokenizer.vocab_size
+    if model.config.vocab_size != expected:
+        raise ValueError(f"{directory} has vocab_size={model.config.vocab_size}: the task has {expected}")
     return model
 
 

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minids.config import ModelConfig
 from minids.files import save_tensors, written_whole
-
-FORMAT = 1
+from minids.model.fp8_linear import convert_to_fp8
+from minids.model.transformer import MiniDS
 
 
 def save_checkpoint(destination: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -36,7 +37,7 @@ def save_checkpoint(destination: Path, tensors: dict[str, dict[str, Tensor]], st
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Make a checkpoint of the safetensors files in `folder`."""
     digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-    fields = {"format": FORMAT, "files": digests, "state": state}
+    fields = {"files": digests, "state": state}
     (folder / "state.json").write_text(json.dumps(fields | {"digest": _digest_of_fields(fields)}, indent=1))
 
 
@@ -62,8 +63,6 @@ def read_state(folder: Path) -> dict[str, Any]:
         intact = False
     if not intact:
         raise ValueError(f"{folder / 'state.json'} is damaged: its content is not what was saved")
-    if fields["format"] != FORMAT:
-        raise ValueError(f"{folder / 'state.json'} is of another format than {FORMAT}, which this version reads")
     for name, digest in fields["files"].items():
         path = folder / name
         if not path.is_file():
@@ -76,6 +75,20 @@ def read_state(folder: Path) -> dict[str, Any]:
 def latest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint of the highest step in `directory`, a folder of `step-...` folders."""
     return max(directory.glob("step-*"), default=None)
+
+
+def load_model(directory: Path) -> MiniDS:
+    """The model of a run's newest checkpoint. Raises `ValueError` where there is none or it is damaged."""
+    newest = latest_checkpoint(directory / "checkpoints")
+    if newest is None:
+        raise ValueError(f"{directory} holds no checkpoint")
+    tensors, state = load_checkpoint(newest)
+    with torch.device("meta"):
+        model = MiniDS(ModelConfig.from_dict(state["config"]))
+    model.load_state_dict(tensors["model"], assign=True)
+    if state.get("recipe", {}).get("precision") == "fp8":
+        convert_to_fp8(model)
+    return model
 
 
 def optimizer_tensors(

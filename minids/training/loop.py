@@ -1,43 +1,29 @@
-"""The training loop: one function that trains a model on a corpus and can be stopped, killed and resumed.
+"""Pre-training: what a step on text does, and how a model is judged in between.
 
-Notable choices: a step is a function of (model, optimizer state, data position), so a resumed run repeats the
-undisturbed one bit for bit; the gradient, the loss and the expert loads are those of the whole global batch, however it
-is cut into micro-batches; every step leaves one JSON object in metrics.jsonl.
+Notable choices: a step is a function of (model, optimizer state, data position); the gradient, the loss and the expert
+loads are those of the whole global batch, however it is cut into micro-batches.
 """
 
 import dataclasses
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
-from minids.config import ModelConfig
+from minids.config import ModelConfig, check_fields
 from minids.data.batches import Batch, BatchStream, TokenizedCorpus, evaluation_batches
 from minids.data.tokenizer import Tokenizer
 from minids.model.fp8_linear import convert_to_fp8
 from minids.model.moe import max_violation
 from minids.model.transformer import MiniDS
-from minids.training.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    random_states,
-    read_state,
-    save_checkpoint,
-    set_random_states,
-)
 from minids.training.loss import Losses, Share, bits_per_byte, losses
-from minids.training.metrics import Metrics, cut_metrics, metrics_file, tensorboard_scalars
-from minids.training.optimizer import Schedule, make_optimizers, set_learning_rate
+from minids.training.metrics import Metrics
+from minids.training.optimizer import Schedule, make_optimizers
+from minids.training.resumable import Diverged, Loop
 
 
 @dataclass(frozen=True)
@@ -72,21 +58,7 @@ class Recipe:
     checkpoint_every: int = 100
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "seq_len", "evaluate_every", "evaluation_batches", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 1")
-        for name in ("warmup_steps", "seed", "weight_decay", "mtp_weight", "balance_speed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be a finite number, at least 0")
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be a finite number above 0")
-        if self.moments not in ("fp32", "bf16"):
-            raise ValueError(f"moments={self.moments!r}: must be fp32 or bf16")
-        if self.precision not in ("fp32", "bf16", "fp8"):
-            raise ValueError(f"precision={self.precision!r}: must be fp32, bf16 or fp8")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size={self.micro_batch_size!r}: must be at least 1")
+        check_fields(self, may_be_zero=("warmup_steps", "seed", "weight_decay", "mtp_weight", "balance_speed"))
 
 
 @dataclass(frozen=True)
@@ -96,10 +68,6 @@ class TextData:
     train: TokenizedCorpus
     validation: TokenizedCorpus
     tokenizer: Tokenizer
-
-
-class Diverged(RuntimeError):
-    """The loss became infinite, not a number, or far worse than a blind guess."""
 
 
 def training_batches(data: TextData, recipe: Recipe) -> BatchStream:
@@ -125,69 +93,25 @@ def check(config: ModelConfig, data: TextData, recipe: Recipe) -> None:
     validation_batches(data, recipe)
 
 
-class Trainer:
-    """A model in training: everything that a checkpoint holds."""
-
-    writes_files = True  # of several processes that train one model, one does
+class Trainer(Loop):
+    """A model that learns from text; its checkpoints also hold the position in the text."""
 
     def __init__(self, model: MiniDS, data: TextData, recipe: Recipe):
         check(model.config, data, recipe)
         if recipe.precision == "fp8":
             convert_to_fp8(model)
-        self.model, self.data, self.recipe = model, data, recipe
-        self.schedule = Schedule(recipe.steps, recipe.warmup_steps)
-        self.optimizers = make_optimizers(
+        optimizers = make_optimizers(
             model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.moments
         )
+        super().__init__(model, recipe, optimizers)
+        self.data, self.schedule = data, Schedule(recipe.steps, recipe.warmup_steps)
         self.stream = training_batches(data, recipe)
-        self.step = 0
 
-    def run(
-        self,
-        *,
-        directory: Path | None = None,
-        resume: bool = False,
-        progress: bool = True,
-        tensorboard: bool = False,
-        on_step: Callable[[Metrics], None] | None = None,
-    ) -> list[Metrics]:
-        """Train to the end of the recipe, or to the first Ctrl-C; returns the metrics of the steps taken.
+    def judge(self, directory: Path | None) -> Metrics:
+        return {"validation_bits_per_byte": self.evaluate()}
 
-        With `directory`, checkpoints and metrics.jsonl are kept there, with `tensorboard` also a folder of that name;
-        `resume` goes on from the newest checkpoint.
-        Raises `Diverged` when the loss explodes (the last good checkpoint stays), `ValueError` when there is nothing to
-        resume.
-        """
-        steps = self.recipe.steps
-        if resume:
-            newest = latest_checkpoint(directory / "checkpoints")
-            if newest is None:
-                raise ValueError(f"{directory} holds no checkpoint to resume from")
-            self.load(newest)
-        written = directory if self.writes_files else None
-        if written is not None:
-            cut_metrics(written / "metrics.jsonl", self.step)
-        history, hidden = [], not (progress and self.writes_files)
-        bar = tqdm(total=steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
-        scalars = tensorboard_scalars(written if tensorboard else None, self.step)
-        with bar, stop_requests() as stop_requested, scalars as chart, metrics_file(written) as write:
-            while self.step < steps and not self.should_stop(stop_requested.is_set()):
-                metrics = self.train_step()
-                if self.step == steps or self.step % self.recipe.evaluate_every == 0:
-                    metrics["validation_bits_per_byte"] = self.evaluate()
-                write(metrics)
-                chart(metrics)
-                history.append(metrics)
-                if on_step is not None:
-                    on_step(metrics)
-                speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
-                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed}", refresh=False)
-                bar.update()
-                if directory is not None and (self.step == steps or self.step % self.recipe.checkpoint_every == 0):
-                    self.save(directory / "checkpoints")
-            if directory is not None and self.step < steps:
-                self.save(directory / "checkpoints")
-        return history
+    def summary(self, metrics: Metrics) -> str:
+        return f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
 
     def train_step(self) -> Metrics:
         """One optimizer step on the next global batch. Raises `Diverged`, leaving the weights as they were."""
@@ -206,10 +130,7 @@ class Trainer:
                 f"learning_rate={recipe.learning_rate!r} may be too high"
             )
 
-        set_learning_rate(self.optimizers, learning_rate)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.descend(learning_rate)
         self.step += 1
         metrics = {
             "step": self.step,
@@ -247,68 +168,21 @@ class Trainer:
                 loads = out.loads if loads is None else loads + out.loads
         return Losses(*(sum(getattr(p, f.name) for p in parts) for f in dataclasses.fields(Losses))), loads
 
-    def clip_gradients(self) -> float:
-        """Scale the gradients down to the norm `clip_norm`; returns the norm they had."""
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm).item()
-
-    def should_stop(self, requested: bool) -> bool:
-        """Asked before every step; `requested` says whether Ctrl-C or SIGTERM came."""
-        return requested
-
     def evaluate(self) -> float:
         """Bits per byte of a fixed sample of the validation text."""
         self.model.eval()
-        return bits_per_byte(self.model, self.validation_batches(), self.data.tokenizer.token_bytes())
+        return bits_per_byte(self.model, validation_batches(self.data, self.recipe), self.data.tokenizer.token_bytes())
 
-    def validation_batches(self) -> Iterator[Batch]:
-        """The same `evaluation_batches` batches each time."""
-        return validation_batches(self.data, self.recipe)
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"data": self.stream.state_dict()}
 
-    def save(self, directory: Path) -> None:
-        """Write the checkpoint of this step, then drop all but the two newest."""
-        tensors = {
-            "model": {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta},
-            "optimizer": optimizer_tensors(self.model, self.optimizers),
-            "random": random_states(self.model),
-        }
-        state = {
-            "step": self.step,
-            "config": self.model.config.to_dict(),
-            "recipe": dataclasses.asdict(self.recipe),
-            "data": self.stream.state_dict(),
-        }
-        destination = directory / f"step-{self.step:08d}"
-        if not destination.exists():
-            self.write_checkpoint(destination, tensors, state)
-        for old in sorted(directory.glob("step-*"))[:-2] if self.writes_files else ():
-            remove_checkpoint(old)
-
-    write_checkpoint = staticmethod(save_checkpoint)
-
-    def load(self, folder: Path) -> None:
-        """Go on where the checkpoint was written. Raises `ValueError` where it is damaged or of another run."""
-        state = read_state(folder)
-        if state["config"] != self.model.config.to_dict():
-            raise ValueError(f"{folder} is of a model with another config")
-        changed = [k for k, v in dataclasses.asdict(self.recipe).items() if state["recipe"].get(k, v) != v]
-        if changed:
-            name = changed[0]
-            was = state["recipe"][name]
-            raise ValueError(f"{name}={getattr(self.recipe, name)!r}: the run was started with {was!r}")
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
         self.stream.load_state_dict(state["data"])
-        self.load_tensors(folder)
-        self.step = state["step"]
-
-    def load_tensors(self, folder: Path) -> None:
-        """Weights, optimizer and random states of a checkpoint."""
-        tensors, _ = load_checkpoint(folder)
-        self.model.load_state_dict(tensors["model"])
-        load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
-        set_random_states(tensors["random"])
 
 
 def train(model: MiniDS, data: TextData, recipe: Recipe, **options: Any) -> list[Metrics]:
-    """Train `model` in place; options as in `Trainer.run`: directory, resume, progress, tensorboard, on_step."""
+    """Train `model` in place; options as in `Loop.run`: directory, progress, tensorboard, on_step."""
     return Trainer(model, data, recipe).run(**options)
 
 
@@ -316,31 +190,3 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
     """The rows of `batch`, `size` at a time."""
     parts = (getattr(batch, f.name).split(size) for f in dataclasses.fields(Batch))
     return (Batch(*part) for part in zip(*parts, strict=True))
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete, with the file that makes it a checkpoint first, so that a half-deleted one is none."""
-    (checkpoint / "state.json").unlink(missing_ok=True)
-    for path in checkpoint.iterdir():
-        path.unlink()
-    checkpoint.rmdir()
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets; the second interrupts at once. Only the main thread listens."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested
-        return
-
-    def request(number, frame):
-        requested.set()
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +13,35 @@ Metrics = dict[str, Any]
 
 def cut_metrics(path: Path, step: int) -> None:
     """Forget the steps after the checkpoint, which are about to be taken again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            break  # a line that was being written when the run was killed
-    write_text_whole(path, "".join(kept))
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        # A line without an end was being written when the run was killed.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_text_whole(path, "".join(kept))
 
 
 @contextmanager
-def metrics_file(directory: Path | None) -> Iterator[Callable[[Metrics], None]]:
-    """A function that appends a line to `directory`/metrics.jsonl at once; without a directory it does nothing."""
-    if directory is None:
-        yield lambda metrics: None
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "metrics.jsonl").open("a") as file:
+def metrics_file(directory: Path | None, step: int, tensorboard: bool = False) -> Iterator[Callable[[Metrics], None]]:
+    """A function that appends a line to `directory`/metrics.jsonl at once; without a directory it does nothing.
 
-        def write(metrics: Metrics) -> None:
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
-
-        yield write
-
-
-@contextmanager
-def tensorboard_scalars(directory: Path | None, step: int) -> Iterator[Callable[[Metrics], None]]:
-    """A function that adds the numbers of a step to `directory`/tensorboard at once; without one it does nothing.
-
-    `step` is the last one taken: TensorBoard is told to drop what a killed run wrote of later ones.
-    Raises `ValueError` where the package is missing.
+    With `tensorboard`, it adds the numbers to `directory`/tensorboard too. What a killed run wrote of steps after
+    `step` is dropped in both. Raises `ValueError` where TensorBoard's package is missing.
     """
     if directory is None:
         yield lambda metrics: None
         return
-    with summary_writer()(directory / "tensorboard", purge_step=step + 1) as writer:
+    cut_metrics(directory / "metrics.jsonl", step)
+    directory.mkdir(parents=True, exist_ok=True)
+    charts = summary_writer()(directory / "tensorboard", purge_step=step + 1) if tensorboard else nullcontext()
+    with (directory / "metrics.jsonl").open("a") as file, charts as chart:
 
         def write(metrics: Metrics) -> None:
-            for name in metrics.keys() - {"step"}:
-                writer.add_scalar(name, metrics[name], metrics["step"])
-            writer.flush()
+            file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            if chart is not None:
+                for name in metrics.keys() - {"step"}:
+                    chart.add_scalar(name, metrics[name], metrics["step"])
+                chart.flush()
 
         yield write
 

@@ -88,10 +88,6 @@ def make_optimizers(
     Norm weights are not decayed. `torch.optim.Muon` takes two-dimensional parameters only, so the stacked experts stay
     with AdamW; so do embedding and head, as is usual. Beta 0.9 and 0.95 as in V3 (FACTS.md section 7.1).
     """
-    if kind not in ("adamw", "muon"):
-        raise ValueError(f"optimizer={kind!r}: must be adamw or muon")
-    if moments not in ("fp32", "bf16"):
-        raise ValueError(f"moments={moments!r}: must be fp32 or bf16")
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in trained if _is_layer_matrix(name, p)] if kind == "muon" else []
     rest = [p for name, p in trained if not (kind == "muon" and _is_layer_matrix(name, p))]
@@ -106,13 +102,6 @@ def make_optimizers(
         muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     return optimizers
-
-
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
-    """Give every parameter group this learning rate."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
 
 
 def _is_layer_matrix(name: str, p: nn.Parameter) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from training.helpers import counting_text
 
 ARGUMENTS = "train --preset nano --steps 9 --batch-size 2 --seq-len 32 --warmup-steps 2 --evaluate-every 4"
-ARGUMENTS += " --evaluation-batches 1 --checkpoint-every 2 --threads 1 --device cpu"
+ARGUMENTS += " --evaluation-batches 1 --checkpoint-every 2 --device cpu"
 # Runs the command line with one function replaced by itself and, at the n-th call, SIGKILL before or after it.
 DRIVER = """
 import importlib, os, signal, sys
@@ -37,7 +37,7 @@ KILLS = {
     "before the second checkpoint is on disk": ("minids.files", "_flush", 8, "before"),
     "before the second checkpoint is renamed": ("minids.files", "_flush", 10, "after"),
     "after the second checkpoint is renamed": ("minids.files", "_flush", 12, "before"),
-    "while deleting an old checkpoint": ("minids.training.loop", "remove_checkpoint", 1, "before"),
+    "while deleting an old checkpoint": ("minids.training.resumable", "remove_checkpoint", 1, "before"),
 }
 
 
@@ -71,7 +71,7 @@ def test_the_curve_goes_on_bit_for_bit(folder, when):
     killed = run(folder, "-c", DRIVER, *kill, *ARGUMENTS.split(), "--data", "text.jsonl", "--name", name)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(curve_so_far(folder / "runs" / name)) < 9
-    resumed = run(folder, "-m", "minids", "train", "--resume", f"runs/{name}", "--threads", "1", "--device", "cpu")
+    resumed = run(folder, "-m", "minids", "train", "--resume", f"runs/{name}", "--device", "cpu")
     assert resumed.returncode == 0, resumed.stderr
     assert not list((folder / "runs" / name / "checkpoints").glob(".*"))
     assert curve(folder / "runs" / name / "metrics.jsonl") == curve(folder / "runs/undisturbed/metrics.jsonl")

@@ -124,11 +124,11 @@ def test_released_v2_lite_config():
         ("rope_interleave", False, "rope_interleave=False"),
         ("kv_lora_rank", None, "config.json lacks 'kv_lora_rank'"),
         ("hidden_size", "7168", "hidden_size='7168': must be a whole number"),
-        ("q_lora_rank", "1536", "q_lora_rank='1536': must be positive or None"),
+        ("q_lora_rank", "1536", "q_lora_rank='1536': must be a whole number, at least 1"),
         ("rope_scaling", "yarn", "rope_scaling='yarn': must be an object"),
         ("rope_scaling", {"type": "linear", "factor": 2}, "rope_type='linear': only default and yarn"),
         ("rope_scaling", {"type": "yarn", "factor": 2}, "must name original_max_position_embeddings"),
-        ("rope_scaling", RELEASED_V3["rope_scaling"] | {"factor": "40"}, "factor='40': must be a number"),
+        ("rope_scaling", RELEASED_V3["rope_scaling"] | {"factor": "40"}, "factor='40': must be a finite number"),
         ("rope_scaling", RELEASED_V3["rope_scaling"] | {"attention_factor": 1.0}, "unknown rope_scaling field"),
     ],
 )

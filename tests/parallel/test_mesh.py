@@ -218,5 +218,5 @@ def test_what_a_rank_holds_is_what_the_plan_said(seat, text, world):
 
 
 def test_an_axis_must_be_at_least_one():
-    with pytest.raises(ValueError, match="dp=0: must be at least 1"):
+    with pytest.raises(ValueError, match="dp=0: must be a whole number, at least 1"):
         Layout(dp=0)

@@ -377,7 +377,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, monkeypatch, capsys
         assert command_line.main() == 2
         said = capsys.readouterr().err
         assert complaint in said and said.count("\n") == 1
-    with pytest.raises(ValueError, match="rl_steps=0: must be at least 1"):
+    with pytest.raises(ValueError, match="rl_steps=0: must be a whole number, at least 1"):
         R1Recipe(rl_steps=0)
 
 

@@ -168,7 +168,7 @@ def test_training_teaches_the_answers_and_resumes_exactly(tmp_path):
     with pytest.raises(Killed):
         trainer(checkpoint_every=3).run(directory=tmp_path / "cut", progress=False, on_step=kill)
     resumed = trainer(checkpoint_every=3)
-    rest = resumed.run(directory=tmp_path / "cut", resume=True, progress=False)
+    rest = resumed.run(directory=tmp_path / "cut", progress=False)
     assert [m["step"] for m in rest] == [m["step"] for m in history[3:]]
     assert [m["loss"] for m in rest] == [m["loss"] for m in history[3:]]
     for found, wanted in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):

@@ -79,7 +79,6 @@ def damage(folder, how):
         ("state missing", "is no checkpoint"),
         ("state not an object", "state.json is damaged"),
         ("state edited", "state.json is damaged"),
-        ("other format", "another format"),
     ],
 )
 def test_damage_is_named_in_one_line(tmp_path, how, message):

@@ -12,8 +12,9 @@ from minids.model.fp8_linear import Fp8Experts, Fp8Linear
 from minids.run import load_run
 from minids.training import loop
 from minids.training.checkpoint import latest_checkpoint
-from minids.training.loop import Diverged, Recipe, Trainer, train
+from minids.training.loop import Recipe, Trainer, train
 from minids.training.metrics import cut_metrics
+from minids.training.resumable import Diverged
 
 SAME_WHEN_RESUMED = ("step", "loss", "mtp_loss", "balance_loss", "gradient_norm", "max_violation", "learning_rate")
 
@@ -85,7 +86,7 @@ def test_stopped_and_resumed_is_undisturbed(tmp_path, optimizer, stop_after):
     first = train(nano(), counting_data(), recipe, directory=tmp_path / "b", progress=False, on_step=interrupt)
     assert len(first) == stop_after
     torch.manual_seed(1)  # the model that is resumed into has other weights
-    second = train(nano(), counting_data(), recipe, directory=tmp_path / "b", resume=True, progress=False)
+    second = train(nano(), counting_data(), recipe, directory=tmp_path / "b", progress=False)
     assert figures(first + second) == figures(undisturbed)
     written = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert figures(written) == figures(undisturbed)
@@ -117,7 +118,7 @@ def test_an_exploding_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(Diverged, match="step 6 .*learning_rate"):
         train(model, counting_data(), RECIPE, directory=tmp_path, progress=False, on_step=poison)
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step-00000003"
-    resumed = train(nano(), counting_data(), RECIPE, directory=tmp_path, resume=True, progress=False)
+    resumed = train(nano(), counting_data(), RECIPE, directory=tmp_path, progress=False)
     assert [m["step"] for m in resumed] == list(range(4, 13))
 
 
@@ -145,7 +146,7 @@ def test_fp8_resumes_undisturbed_and_is_loaded_as_fp8(tmp_path):
     data = counting_data()
     undisturbed = train(nano(), data, recipe, directory=tmp_path / "a", progress=False)
     shutil.rmtree(tmp_path / "a" / "checkpoints" / f"step-{recipe.steps:08d}")
-    resumed = train(nano(), data, recipe, directory=tmp_path / "a", resume=True, progress=False)
+    resumed = train(nano(), data, recipe, directory=tmp_path / "a", progress=False)
     assert figures(resumed) == figures(undisturbed[-len(resumed) :]) and 0 < len(resumed) < recipe.steps
     data.tokenizer.save(tmp_path / "a")
     model, _ = load_run(tmp_path / "a")
@@ -156,12 +157,10 @@ def test_a_resume_with_other_settings_is_refused(tmp_path):
     train(nano(), counting_data(), dataclasses.replace(RECIPE, steps=3), directory=tmp_path, progress=False)
     with pytest.raises(ValueError, match="seq_len=16: the run was started with 32"):
         other = dataclasses.replace(RECIPE, steps=3, seq_len=16)
-        train(nano(), counting_data(), other, directory=tmp_path, resume=True, progress=False)
+        train(nano(), counting_data(), other, directory=tmp_path, progress=False)
     with pytest.raises(ValueError, match="another config"):
         recipe = dataclasses.replace(RECIPE, steps=3)
-        train(nano(n_shared_experts=2), counting_data(), recipe, directory=tmp_path, resume=True, progress=False)
-    with pytest.raises(ValueError, match="no checkpoint to resume"):
-        train(nano(), counting_data(), RECIPE, directory=tmp_path / "empty", resume=True, progress=False)
+        train(nano(n_shared_experts=2), counting_data(), recipe, directory=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize(

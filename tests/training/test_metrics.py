@@ -22,7 +22,7 @@ def test_tensorboard_shows_what_the_metrics_file_holds(tmp_path):
     options = dict(directory=tmp_path, progress=False, tensorboard=True)
     with pytest.raises(KeyboardInterrupt):
         train(nano(), counting_data(), RECIPE, on_step=kill, **options)
-    train(nano(), counting_data(), RECIPE, resume=True, **options)
+    train(nano(), counting_data(), RECIPE, **options)
 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
