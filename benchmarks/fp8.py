@@ -19,7 +19,7 @@ from torch import nn
 
 from minids.config import ModelConfig
 from minids.course.experiment import builtin_text, record, trial
-from minids.model.fp8_linear import Casting, Fp8Linear
+from minids.model.fp8_linear import in_fp8
 from minids.training.loop import Recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,10 +47,9 @@ def loss(steps: int, seeds: list[int]) -> None:
 def speed(repeats: int, tokens: int = 8192, width: int = 4096) -> None:
     """Milliseconds of a layer's forward and backward pass."""
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    linear = nn.Linear(width, width, bias=False, device="cuda")
     layers = {
         "bf16": nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16),
-        "fp8": Fp8Linear(linear, Casting()),
+        "fp8": in_fp8(nn.Linear(width, width, bias=False, device="cuda")),
     }
     print("fp8 runs as:", layers["fp8"].computes_in)
     gradient = torch.randn_like(x)

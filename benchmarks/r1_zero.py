@@ -96,20 +96,19 @@ def carry_out(name: str) -> dict[str, Any]:
     of_base = habits(model) if run.task == "trace" else {}
     began = time.process_time()
     curves: dict[str, list[float]] = {}
-    with rule_reward(run.task, run.weights) as reward:
-        task = TASKS[run.task]()
-        trainer = RLTrainer(model, task.tokenizer, task, reward, run.recipe)
-        evaluations = [{"step": 0} | trainer.evaluate()]
-        while trainer.step < run.recipe.steps:
-            metrics = trainer.train_step()
-            share = mean(writes_every_step(sample) for group in trainer.groups for sample in group)
-            kept = ("reward", "reward/accuracy", "reward/format", "length", "entropy", "kl", "zero_advantage_groups")
-            for key in kept:
-                curves.setdefault(key, []).append(metrics.get(key))
-            curves.setdefault("writes_every_step", []).append(share)
-            if trainer.step % run.recipe.evaluate_every == 0:
-                evaluations.append({"step": trainer.step} | trainer.evaluate())
-                print(name, trainer.step, f"{evaluations[-1]['held_out/pass@1']:.3f}", flush=True)
+    task = TASKS[run.task]()
+    trainer = RLTrainer(model, task.tokenizer, task, rule_reward(run.task, run.weights), run.recipe)
+    evaluations = [{"step": 0} | trainer.evaluate()]
+    while trainer.step < run.recipe.steps:
+        metrics = trainer.train_step()
+        share = mean(writes_every_step(sample) for group in trainer.groups for sample in group)
+        kept = ("reward", "reward/accuracy", "reward/format", "length", "entropy", "kl", "zero_advantage_groups")
+        for key in kept:
+            curves.setdefault(key, []).append(metrics.get(key))
+        curves.setdefault("writes_every_step", []).append(share)
+        if trainer.step % run.recipe.evaluate_every == 0:
+            evaluations.append({"step": trainer.step} | trainer.evaluate())
+            print(name, trainer.step, f"{evaluations[-1]['held_out/pass@1']:.3f}", flush=True)
     return asdict(run) | {
         "base": of_base,
         "base_cpu_seconds": base_seconds,

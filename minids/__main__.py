@@ -160,7 +160,7 @@ def grade_command(
     submissions: Positional[Path],
     csv: Path | None = None,
     junit: Path | None = None,
-    seconds: float = grade.Limits.seconds,
+    seconds: float = grade.SECONDS,
 ) -> None:
     """Run and judge the exercise notebooks of a class, and print a table of points.
 
@@ -181,7 +181,7 @@ def grade_command(
             "notebooks from people you do not trust belong in a container or an account of their own"
         )
     print(f"minids: {warning}", flush=True)
-    grades = grade.grade(submissions, grade.Limits(seconds=seconds))
+    grades = grade.grade(submissions, seconds)
     print("\n".join(grade.as_text(grades)))
     if csv is not None:
         grade.write_csv(grades, csv)

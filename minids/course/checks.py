@@ -128,8 +128,6 @@ class SpotTheBug:
             complaint = _complaint(answer, self.right, self.name)
         except NotImplementedError:
             return Report(self.id, self.name, "todo", 0, self.points)
-        except Wrong as wrong:
-            return Report(self.id, self.name, "failed", 0, self.points, (str(wrong),))
         if complaint is not None:
             lines = ("✗ it rejects the right implementation", f"  {complaint}")
             return Report(self.id, self.name, "failed", 0, self.points, lines)
@@ -223,14 +221,10 @@ def _run(answer: Answer, arguments: tuple, name: str) -> Any:
 
 def _complaint(test: Answer, implementation: Answer, name: str) -> str | None:
     """What a reader's test says against an implementation, None if nothing; the test cannot see which one it is."""
-    if not callable(test):
-        raise Wrong(f"{name} should be a function, got {describe(test)}")
     try:
-        test(lambda *arguments, **named: implementation(*arguments, **named))
-    except NotImplementedError:
-        raise
-    except Exception as error:
-        return _in_words(error)
+        _run(test, (lambda *arguments, **named: implementation(*arguments, **named),), name)
+    except Wrong as wrong:
+        return str(wrong)
     return None
 
 

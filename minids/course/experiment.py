@@ -70,12 +70,5 @@ def record(path: Path, **figures: Any) -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-    write_text_whole(path, json.dumps(_rounded(found | figures), indent=1) + "\n")
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, Mapping):
-        return {name: _rounded(item) for name, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+    rounded = json.loads(json.dumps(found | figures), parse_float=lambda digits: float(f"{float(digits):.5g}"))
+    write_text_whole(path, json.dumps(rounded, indent=1) + "\n")

@@ -30,13 +30,13 @@ from xml.etree import ElementTree
 from jupyter_client import BlockingKernelClient, KernelManager
 from tqdm import tqdm
 
-from minids.config import check_fields
 from minids.course.checks import Exercise, exercises
 from minids.course.notebooks import ROOT, environment, read
 from minids.reasoning.sandbox_walls import PYTHON, READABLE, NoWalls, bubblewrap
 
 NAME = re.compile(r"(\d\d)_\w+(-Copy\d+| ?\(\d+\))?\.ipynb")  # with what JupyterLab and browsers add to a copy's name
 CHAPTERS = {int(module.stem[-2:]) for module in Path(__file__).with_name("exercises").glob("chapter*.py")}
+SECONDS, MEMORY = 120.0, 8 * 2**30  # that one notebook may take, of address space in bytes
 GRACE = 5.0  # seconds that an interrupted kernel has to stop
 
 
@@ -53,26 +53,17 @@ class Grade:
     message: str = ""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one notebook may use: seconds of time, bytes of address space."""
-
-    seconds: float = 120.0
-    memory: int = 8 * 2**30
-
-    def __post_init__(self):
-        check_fields(self)
-
-
 class KernelLost(Exception):
     """The kernel died, or had to be killed."""
 
 
-def grade(submissions: Path, limits: Limits = Limits()) -> list[Grade]:  # noqa: B008 - frozen
+def grade(submissions: Path, seconds: float = SECONDS) -> list[Grade]:
     """Grade every student's notebooks, with a progress bar.
 
     A notebook that some student handed in is expected of all. Raises `ValueError` where there is nothing to grade.
     """
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds!r}: must be positive")
     if not submissions.is_dir():
         raise ValueError(f"{submissions} is not a folder")
     students = sorted(path for path in submissions.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -82,7 +73,7 @@ def grade(submissions: Path, limits: Limits = Limits()) -> list[Grade]:  # noqa:
         raise ValueError(f"{submissions}: expected a folder for each student with notebooks such as 02_mla.ipynb in it")
     grades = []
     for student, chapter in tqdm([(s, c) for s in students for c in chapters], unit="notebook", disable=None):
-        outcome = _judge(handed_in[student].get(chapter, []), chapter, limits)
+        outcome = _judge(handed_in[student].get(chapter, []), chapter, seconds)
         for exercise, (status, points, message) in zip(exercises(chapter), outcome, strict=True):
             grades.append(Grade(student.name, exercise.id, exercise.name, points, exercise.points, status, message))
     return grades
@@ -103,7 +94,7 @@ def _notebooks(student: Path) -> dict[int, list[Path]]:
 Outcome = tuple[str, int, str]
 
 
-def _judge(paths: list[Path], chapter: int, limits: Limits) -> list[Outcome]:
+def _judge(paths: list[Path], chapter: int, seconds: float) -> list[Outcome]:
     """Status, points and message of every exercise of the chapter."""
     asked = exercises(chapter)
     if len(paths) != 1:
@@ -114,10 +105,10 @@ def _judge(paths: list[Path], chapter: int, limits: Limits) -> list[Outcome]:
         return [("error", 0, str(error))] * len(asked)
     outcome: list[Outcome] = []
     try:
-        with Kernel(paths[0].parent, limits.memory) as kernel:
-            trouble = _run_all(kernel, cells, limits.seconds)
+        with Kernel(paths[0].parent) as kernel:
+            trouble = _run_all(kernel, cells, seconds)
             for exercise in asked:
-                outcome.append(_ask(kernel, exercise, limits.seconds, trouble))
+                outcome.append(_ask(kernel, exercise, seconds, trouble))
     except KernelLost as lost:
         outcome += [("error", 0, str(lost))] * (len(asked) - len(outcome))
     return outcome
@@ -194,7 +185,7 @@ class Kernel:
     A kernel would hold what it cannot send fast enough, and its history all of it, until memory is out.
     """
 
-    def __init__(self, folder: Path, memory: int):
+    def __init__(self, folder: Path):
         self.sockets = tempfile.TemporaryDirectory()
         place = Path(self.sockets.name)
         if walls_stand():  # without a network, the kernel is reached through files
@@ -209,10 +200,9 @@ class Kernel:
         self.manager.start_kernel(cwd=str(folder), env=environment(), **nowhere)
         self.client: BlockingKernelClient = self.manager.blocking_client()
         self.client.start_channels(iopub=False, stdin=False, hb=False)
-        self.memory = memory
 
     def __enter__(self) -> "Kernel":
-        limit = f"import resource as r; r.setrlimit(r.RLIMIT_AS, ({self.memory}, {self.memory})); del r"
+        limit = f"import resource as r; r.setrlimit(r.RLIMIT_AS, ({MEMORY}, {MEMORY})); del r"
         complaint = self.run(_SILENCE + (limit if os.name == "posix" else ""), time.monotonic() + 60)
         if complaint:
             raise KernelLost(f"the kernel did not start: {complaint}")
@@ -295,11 +285,7 @@ def write_junit(grades: Iterable[Grade], path: Path) -> None:
         case = ElementTree.SubElement(suite, "testcase", classname=grade.student, name=f"{grade.exercise} {grade.name}")
         if grade.status != "passed":
             kind = "error" if grade.status == "error" else "failure"
-            ElementTree.SubElement(case, kind, message=_printable(grade.message or grade.status))
+            printable = (c if c.isprintable() else " " for c in grade.message or grade.status)  # XML knows no others
+            ElementTree.SubElement(case, kind, message="".join(printable))
     ElementTree.indent(suites)
     ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)
-
-
-def _printable(text: str) -> str:
-    """XML knows no control characters."""
-    return "".join(c if c.isprintable() else " " for c in text)

@@ -15,7 +15,6 @@ import copy
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -54,7 +53,8 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
     Raises `ValueError` with the message of the first cell that fails without being tagged for it.
     """
-    client = NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(folder)}})
+    options = dict(timeout=600, record_timing=False, coalesce_streams=True)
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **options)
     try:
         client.execute(env=environment())
     except CellExecutionError as error:
@@ -71,24 +71,13 @@ def normal(notebook: NotebookNode) -> NotebookNode:
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type == "code":
-            cell.outputs = list(_normal_outputs(cell.outputs))
+            for output in cell.outputs:
+                if output.output_type == "error":
+                    output.traceback = [f"{output.ename}: {output.evalue}"]
+                elif output.output_type != "stream":
+                    output.data.pop(LIVE_WIDGET, None)
+                    output.metadata = nbformat.from_dict({})
     return notebook
-
-
-def _normal_outputs(outputs: list[NotebookNode]) -> Iterator[NotebookNode]:
-    streams: dict[str, NotebookNode] = {}
-    for output in outputs:
-        if output.output_type == "stream":  # one block for each stream, however it was chunked
-            if output.name in streams:
-                streams[output.name].text += output.text
-                continue
-            streams[output.name] = output
-        elif output.output_type == "error":
-            output.traceback = [f"{output.ename}: {output.evalue}"]
-        else:
-            output.data.pop(LIVE_WIDGET, None)
-            output.metadata = nbformat.from_dict({})
-        yield output
 
 
 def with_holes(solution: NotebookNode) -> NotebookNode:

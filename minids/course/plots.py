@@ -90,21 +90,10 @@ def points(
     return figure
 
 
-def heatmap(
-    table: Sequence[Numbers],
-    xlabel: str,
-    ylabel: str,
-    value: str,
-    title: str = "",
-    *,
-    extent: tuple[float, float, float, float] | None = None,
-) -> Figure:
-    """A table of numbers as colours, its first row on top; `value` says what a colour means and in which unit.
-
-    `extent` is (left, right, bottom, top) in the units of the axes; without it rows and columns are counted from 0.
-    """
+def heatmap(table: Sequence[Numbers], xlabel: str, ylabel: str, value: str, title: str = "") -> Figure:
+    """A table of numbers as colours, its first row on top; `value` says what a colour means and in which unit."""
     figure, axes = canvas(xlabel, ylabel, title)
-    image = axes.imshow(table, aspect="auto", cmap="cividis", interpolation="nearest", extent=extent)
+    image = axes.imshow(table, aspect="auto", cmap="cividis", interpolation="nearest")
     figure.colorbar(image, label=value)
     return figure
 

@@ -83,15 +83,12 @@ class BatchStream(Iterator[Batch]):
     may hold the last rows of one epoch and the first of the next.
     """
 
-    def __init__(self, corpus: TokenizedCorpus, *, batch_size: int, seq_len: int, seed: int, position: int = 0) -> None:
-        _check_positive(batch_size=batch_size, seq_len=seq_len)
-        if seed < 0 or position < 0:
-            raise ValueError(f"seed {seed} and position {position} must not be negative")
+    def __init__(self, corpus: TokenizedCorpus, *, batch_size: int, seq_len: int, seed: int) -> None:
         self.corpus = corpus
         self.batch_size = batch_size
         self.seq_len = seq_len
         self.seed = seed
-        self.position = position
+        self.position = 0
         self.rows_per_epoch = _count_rows(corpus, seq_len)
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
 
@@ -107,27 +104,17 @@ class BatchStream(Iterator[Batch]):
         for epoch, of_epoch in itertools.groupby(numbers, key=lambda number: number[0]):
             stream, rows = self._epoch(epoch)
             parts.append(stream.cut(rows[[row for _, row in of_epoch]], self.seq_len))
-        return _to_batch(np.concatenate(parts, axis=1))
+        return Batch(*torch.from_numpy(np.concatenate(parts, axis=1)))
 
     def state_dict(self) -> dict[str, int | str]:
-        """Everything that `load_state_dict` needs to go on with the same batches: numbers and one string."""
-        return {
-            "position": self.position,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "seq_len": self.seq_len,
-            "corpus": self.corpus.fingerprint,
-        }
+        """What `load_state_dict` needs to go on with the same batches where sizes and seed are the same."""
+        return {"position": self.position, "corpus": self.corpus.fingerprint}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Go to the saved position. Raises ValueError where the batches from there would not be the same."""
-        for name, here in self.state_dict().items():
-            if name not in state:
-                raise ValueError(f"saved data position has no {name}")
-            if name != "position" and state[name] != here:
-                raise ValueError(f"saved data position is of {name} {state[name]}, this stream has {name} {here}")
-        if not isinstance(state["position"], int) or state["position"] < 0:
-            raise ValueError(f"saved data position {state['position']!r} must be a number of batches")
+        """Go to the saved position. Raises ValueError where it is one in another corpus."""
+        here = self.corpus.fingerprint
+        if state["corpus"] != here:
+            raise ValueError(f"saved data position is of corpus {state['corpus']}, this stream has corpus {here}")
         self.position = state["position"]
 
     def _shuffle(self, epoch: int) -> tuple["_DocumentStream", Int[np.ndarray, "rows"]]:
@@ -144,11 +131,11 @@ def evaluation_batches(
     Rows come in an order that is shuffled once and for all, so that `max_batches` reads from everywhere. Tokens left
     over at the end, fewer than `seq_len`, are no targets. Raises ValueError as `BatchStream` does.
     """
-    _check_positive(batch_size=batch_size, seq_len=seq_len)
     stream = _DocumentStream(corpus, np.arange(len(corpus.starts)))
     rows = np.random.default_rng(0).permutation(_count_rows(corpus, seq_len))
     firsts = range(0, len(rows), batch_size)[:max_batches]
-    return (_to_batch(stream.cut(rows[first : first + batch_size], seq_len)) for first in firsts)
+    cuts = (stream.cut(rows[first : first + batch_size], seq_len) for first in firsts)
+    return (Batch(*torch.from_numpy(cut)) for cut in cuts)
 
 
 class _DocumentStream:
@@ -168,18 +155,8 @@ class _DocumentStream:
         return np.stack([tokens, documents, self.corpus.domains[documents]])
 
 
-def _to_batch(parts: Int[np.ndarray, "3 batch seq_plus_1"]) -> Batch:
-    return Batch(*torch.from_numpy(parts))
-
-
 def _count_rows(corpus: TokenizedCorpus, seq_len: int) -> int:
     rows = (len(corpus.tokens) - 1) // seq_len
     if rows == 0:
         raise ValueError(f"corpus of {len(corpus.tokens)} tokens is too short for a row of {seq_len} + 1 tokens")
     return rows
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} {size} must be at least 1")

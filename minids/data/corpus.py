@@ -103,10 +103,10 @@ def _split_text(document: Document, held_out: float) -> tuple[list[Document], li
 
 def _open(source: str) -> Iterator[Document]:
     if source == "pydocs":
-        texts = itertools.chain(standard_library.topics(), standard_library.docstrings())
+        texts = itertools.chain(standard_library.topics(), standard_library.modules("docstrings"))
         return (Document(text, "prose", group) for group, text in texts)
     if source == "stdlib":
-        return (Document(text, "code", group) for group, text in standard_library.sources())
+        return (Document(text, "code", group) for group, text in standard_library.modules("code"))
     if source.startswith("hf:"):
         return _read_dataset(source.removeprefix("hf:"))
     path = Path(source)

@@ -10,6 +10,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 # Test suites, tables written by a script, and the topics, which are prose.
 _EXCLUDED = {"test", "tests", "idle_test", "encodings", "entities.py", "stringprep.py", "msilib", "pydoc_data"}
@@ -34,18 +35,15 @@ def topics() -> Iterator[tuple[str, str]]:
         seen |= paragraphs
 
 
-def docstrings() -> Iterator[tuple[str, str]]:
-    """(group, text) of each module that has docstrings: these, with blank lines between. Groups as in `sources`."""
-    for path in _modules():
-        if text := _read_module(path)[0]:
-            yield _group(path), text + "\n"
+def modules(kind: Literal["docstrings", "code"]) -> Iterator[tuple[str, str]]:
+    """(group, text) of each module: its docstrings, or all the rest of its source.
 
-
-def sources() -> Iterator[tuple[str, str]]:
-    """(group, text) of each module: its source without docstrings. A group is a top-level module or package."""
+    A group is a top-level module or package. A module without text of this kind is left out.
+    """
     for path in _modules():
-        if text := _read_module(path)[1]:
-            yield _group(path), text + "\n"
+        docstrings, code = _read_module(path)
+        if text := docstrings if kind == "docstrings" else code:
+            yield path.parts[0].removesuffix(".py"), text + "\n"
 
 
 def split_docstrings(source: str) -> tuple[str, str]:
@@ -95,10 +93,6 @@ def _is_wanted(path: Path) -> bool:
     """site-packages and other folders whose name no import statement could hold are not the library's."""
     importable = all(part.removesuffix(".py").isidentifier() for part in path.parts)
     return importable and _EXCLUDED.isdisjoint(path.parts) and not path.name.startswith("_sysconfigdata")
-
-
-def _group(path: Path) -> str:
-    return path.parts[0].removesuffix(".py")
 
 
 @functools.cache  # "pydocs" and "stdlib" share the parse, which takes seconds for the whole library

@@ -31,11 +31,6 @@ def kernel(device: torch.device) -> Literal["scaled_mm", "Triton"] | None:
     return "Triton" if capability >= (8, 9) and HAS_TRITON else None
 
 
-def runs_on_tensor_cores(device: torch.device, a_tile: tuple, b_tile: tuple) -> bool:
-    """Whether `multiply` can: the device has a kernel, and the operands are tiled as V3 does."""
-    return kernel(device) is not None and a_tile == (1, 128) and b_tile in RECIPES
-
-
 def multiply(a: Rounded, b: Rounded) -> Float32[Tensor, "m n"]:
     """a [m, k] times b [k, n] in E4M3, sums promoted to float32 along k (V3 section 3.3.2)."""
     (m, k), n = a.q.shape, b.q.shape[1]

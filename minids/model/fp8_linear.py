@@ -10,7 +10,7 @@ Notable choices:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,11 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minids.config import ModelConfig
 from minids.model import fp8_cuda
-from minids.model.fp8 import Rounded, Tile
+from minids.model.fp8 import Rounded
 from minids.model.moe import Experts
-from minids.model.transformer import MiniDS
 
 ALONG_CHANNELS, ALONG_TOKENS, BLOCK = (1, 128), (128, 1), (128, 128)
 
@@ -35,7 +33,6 @@ class Casting:
     power_of_two: bool = False  # scales of the input; cutting its tiles anew then loses less
     cached_as: Literal["e4m3", "e5m6"] = "e4m3"  # the input, for the backward pass
     gradient_sent_in_fp8: bool = False  # of the output, in tiles along channels with powers of two
-    gradient_tile: Tile = ALONG_CHANNELS  # of the input-gradient product; V3 diverged with (128, 128) (appendix B.2)
 
 
 AFTER_ATTENTION = Casting(power_of_two=True, cached_as="e5m6")
@@ -70,7 +67,7 @@ class _Fp8Matmul(torch.autograd.Function):
         if sent := casting.gradient_sent_in_fp8:
             grad = Rounded.of(grad, ALONG_CHANNELS, power_of_two=True).values()
         if ctx.needs_input_grad[0]:
-            rounded = Rounded.of(grad, casting.gradient_tile, power_of_two=sent)  # a second time changes nothing
+            rounded = Rounded.of(grad, ALONG_CHANNELS, power_of_two=sent)  # a second time changes nothing
             grad_x = _multiply(rounded, weight.mT, load)
         if ctx.needs_input_grad[1]:
             x = x.values()
@@ -85,7 +82,7 @@ class _Fp8Matmul(torch.autograd.Function):
 
 def _multiply(a: Rounded, b: Rounded, load: Int[Tensor, "experts"] | None) -> Float[Tensor, "..."]:
     """On tensor cores where there are such; else in float32, under autocast too: bfloat16 cannot hold the operands."""
-    if fp8_cuda.runs_on_tensor_cores(a.q.device, a.tile, b.tile):
+    if fp8_cuda.kernel(a.q.device):
         return fp8_cuda.multiply(a, b) if load is None else fp8_cuda.multiply_grouped(a, b, load)
     with torch.autocast(a.q.device.type, enabled=False):
         a, b = a.values(), b.values()
@@ -102,19 +99,16 @@ def _begin_on_tiles(load: Int[Tensor, "experts"]) -> tuple[Int[Tensor, "rows"], 
     return torch.arange(int(load.sum()), device=load.device) + moved.repeat_interleave(load), filled
 
 
+def _path(layer: nn.Module) -> str:
+    kernel = fp8_cuda.kernel(next(layer.parameters()).device)
+    return f"E4M3, on tensor cores ({kernel})" if kernel else "E4M3, emulated in float32"
+
+
 class Fp8Linear(nn.Linear):
-    """A linear layer without bias that multiplies in FP8. Takes over the weight of `linear`, which must be float32."""
+    """A linear layer without bias that multiplies in FP8."""
 
-    def __init__(self, linear: nn.Linear, casting: Casting):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        if linear.bias is not None:
-            raise ValueError("a bias is not supported")
-        self.weight, self.casting = _master(linear.weight), casting
-
-    @property
-    def computes_in(self) -> str:
-        """For `MiniDS.precision_report`."""
-        return _path(self.weight.device, self.casting.gradient_tile)
+    casting: Casting
+    computes_in = property(_path)  # for `MiniDS.precision_report`
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         out = _Fp8Matmul.apply(x.reshape(-1, self.in_features), self.weight.T, None, self.casting)
@@ -122,26 +116,15 @@ class Fp8Linear(nn.Linear):
 
 
 class Fp8Experts(Experts):
-    """The routed experts of a layer multiplying in FP8. Takes over the weights of `experts`, which must be float32."""
+    """The routed experts of a layer multiplying in FP8."""
 
-    def __init__(self, experts: Experts, config: ModelConfig, gradient_tile: Tile = ALONG_CHANNELS):
-        with torch.device("meta"):
-            super().__init__(config)
-        for name, weight in experts.named_parameters():
-            setattr(self, name, _master(weight))
-        self.dispatched = replace(DISPATCHED, gradient_tile=gradient_tile)
-        self.combined = replace(COMBINED, gradient_tile=gradient_tile)
-
-    @property
-    def computes_in(self) -> str:
-        """For `MiniDS.precision_report`."""
-        return _path(self.up_proj.device, self.dispatched.gradient_tile)
+    computes_in = property(_path)
 
     def multiply(self, rows, weights, load) -> Float[Tensor, "rows dim"]:
         gate, up, down = self.matrices()
-        gate = _Fp8Matmul.apply(rows, gate, load, self.dispatched)
-        up = _Fp8Matmul.apply(rows, up, load, self.dispatched)
-        return _Fp8Matmul.apply(_Fp8SwiGLU.apply(gate, up, weights), down, load, self.combined)
+        gate = _Fp8Matmul.apply(rows, gate, load, DISPATCHED)
+        up = _Fp8Matmul.apply(rows, up, load, DISPATCHED)
+        return _Fp8Matmul.apply(_Fp8SwiGLU.apply(gate, up, weights), down, load, COMBINED)
 
     def by_token(self, x, experts, weights) -> Float[Tensor, "tokens dim"]:
         """The same for few tokens: what the layer computes must not depend on how many there are."""
@@ -168,50 +151,34 @@ class _Fp8SwiGLU(torch.autograd.Function):
             return torch.autograd.grad(F.silu(inputs[0]) * inputs[1] * inputs[2], inputs, grad)
 
 
-def _master(weight: nn.Parameter) -> nn.Parameter:
-    if torch.finfo(weight.dtype).bits < 32:
-        raise ValueError(f"weights are {weight.dtype}: training in FP8 needs them in float32")
-    return weight
+IN_FP8 = {nn.Linear: Fp8Linear, Experts: Fp8Experts}
 
 
-def convert_to_fp8(
-    model: MiniDS, where: Callable[[str], bool] = lambda name: True, gradient_tile: Tile = ALONG_CHANNELS
-) -> None:
+def in_fp8(layer: nn.Module, casting: Casting = Casting()) -> nn.Module:  # noqa: B008 - frozen
+    """The layer itself, of the class that multiplies in FP8 from now on; `casting` is that of a linear layer."""
+    layer.__class__, layer.casting = IN_FP8[type(layer)], casting
+    return layer
+
+
+def convert_to_fp8(model: nn.Module, where: Callable[[str], bool] = lambda name: True) -> None:
     """Make `model` multiply in FP8, in place: its linear layers and routed experts for which `where(name)` is true.
 
     Embedding, output head, gate, norms and the attention core keep their precision (FACTS.md section 5). Parameters
-    keep their names and identity. Raises `ValueError` if they are not float32, and then changes nothing.
+    keep their names and identity: layers change their class and nothing else. Raises `ValueError` if they are not
+    float32, and then changes nothing.
     """
-    replacements = {}
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and module is not model.head and where(name):
-            casting = AFTER_ATTENTION if name.endswith("attention.o_proj") else Casting()
-            replacements[name] = Fp8Linear(module, replace(casting, gradient_tile=gradient_tile))
-        elif type(module) is Experts and where(name):
-            replacements[name] = Fp8Experts(module, model.config, gradient_tile)
-    for name, layer in replacements.items():
-        model.set_submodule(name, layer)
+    named = model.named_modules()
+    layers = {name: module for name, module in named if type(module) in IN_FP8 and name != "head" and where(name)}
+    for weight in (weight for layer in layers.values() for weight in layer.parameters()):
+        if torch.finfo(weight.dtype).bits < 32:
+            raise ValueError(f"weights are {weight.dtype}: training in FP8 needs them in float32")
+    for name, layer in layers.items():
+        in_fp8(layer, AFTER_ATTENTION if name.endswith("attention.o_proj") else Casting())
 
 
-def convert_from_fp8(model: MiniDS) -> None:
+def convert_from_fp8(model: nn.Module) -> None:
     """Undo `convert_to_fp8`, in place."""
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, Fp8Linear | Fp8Experts):
-            continue
-        with torch.device("meta"):
-            if isinstance(module, Fp8Linear):
-                plain = nn.Linear(module.in_features, module.out_features, bias=False)
-            else:
-                plain = Experts(model.config)
-        for parameter_name, parameter in module.named_parameters():
-            setattr(plain, parameter_name, parameter)
-        model.set_submodule(name, plain)
-
-
-def _path(device: torch.device, gradient_tile: Tile) -> str:
-    products = "emulated in float32"
-    if fp8_cuda.runs_on_tensor_cores(device, ALONG_CHANNELS, BLOCK):
-        products = f"on tensor cores ({fp8_cuda.kernel(device)})"
-        if not fp8_cuda.runs_on_tensor_cores(device, gradient_tile, BLOCK):
-            products += " but for the input gradient"
-    return f"E4M3, {products}"
+    for layer in model.modules():
+        for plain, converted in IN_FP8.items():
+            if type(layer) is converted:
+                layer.__class__ = plain

@@ -64,21 +64,21 @@ def _carry_out(directory: Path, weaker_sandbox: bool) -> None:
         raise ValueError(f"{directory} is no run of rl: it has no rl.json") from None
     except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{directory / 'rl.json'} is damaged: not the description of a run") from None
-    with rule_reward(plan["task"], plan["weights"], weaker_sandbox) as reward:
-        if plan["base"] is not None:
-            model = load_base(Path(plan["base"]), task)
-        else:
-            print(f"{directory}/base: a base model reads the web", flush=True)
-            trainer = base_trainer(task, base_recipe)
-            trainer.run(directory=directory / "base")
-            if trainer.step < base_recipe.steps:
-                print(f"Stopped. Go on with:\n    python -m minids rl --resume {directory}")
-                return
-            model = trainer.model
-        task.tokenizer.save(directory)
-        trainer = RLTrainer(model, task.tokenizer, task, reward, recipe)
-        print(f"{directory}: {model.num_parameters():,} parameters learn from rewards", flush=True)
-        trainer.run(directory=directory)
+    reward = rule_reward(plan["task"], plan["weights"], weaker_sandbox)
+    if plan["base"] is not None:
+        model = load_base(Path(plan["base"]), task)
+    else:
+        print(f"{directory}/base: a base model reads the web", flush=True)
+        trainer = base_trainer(task, base_recipe)
+        trainer.run(directory=directory / "base")
+        if trainer.step < base_recipe.steps:
+            print(f"Stopped. Go on with:\n    python -m minids rl --resume {directory}")
+            return
+        model = trainer.model
+    task.tokenizer.save(directory)
+    trainer = RLTrainer(model, task.tokenizer, task, reward, recipe)
+    print(f"{directory}: {model.num_parameters():,} parameters learn from rewards", flush=True)
+    trainer.run(directory=directory)
     if trainer.step < recipe.steps:
         print(f"\nStopped after step {trainer.step}. Go on with:\n    python -m minids rl --resume {directory}")
         return

@@ -155,17 +155,14 @@ def distillation_loss(
 class LogitTrainer(SFTTrainer):
     """Teaches examples, with a teacher's whole distribution of each answer token in place of the token itself."""
 
-    def __init__(
-        self, model: MiniDS, teacher: MiniDS, examples: Sequence[Example], text: TextData, recipe: Recipe,
-        temperature: float = 1.0,
-    ):  # fmt: skip
+    def __init__(self, model: MiniDS, teacher: MiniDS, examples: Sequence[Example], text: TextData, recipe: Recipe):
         super().__init__(model, examples, text, recipe)
         if teacher.config.vocab_size != model.config.vocab_size:
             raise ValueError(
                 f"vocab_size={model.config.vocab_size}: to learn from its logits, a student needs the teacher's "
                 f"{teacher.config.vocab_size} tokens"
             )
-        self.teacher, self.temperature = teacher.eval(), temperature
+        self.teacher = teacher.eval()
 
     def backward(
         self, batch: Batch, mtp_weight: float, share: Share | None = None
@@ -176,7 +173,7 @@ class LogitTrainer(SFTTrainer):
         out = self.model(batch.tokens[:, :-1])
         with torch.no_grad():
             teacher_logits = self.teacher(batch.tokens[:, :-1]).logits[answered]
-        loss = distillation_loss(out.logits[answered], teacher_logits, self.temperature) / share.targets
+        loss = distillation_loss(out.logits[answered], teacher_logits) / share.targets
         loss.backward()
         none = loss.new_zeros(())
         return Losses(loss.detach(), none, none), out.loads if out.routings else None

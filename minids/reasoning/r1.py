@@ -126,10 +126,10 @@ class R1Run:
         for needed in stage.needs:
             self._finish(needed)
         if self.progress:
-            print(f"{here}: {stage.trainer.__doc__}", flush=True)
+            print(f"{here}: {stage.__doc__}", flush=True)
         resumed, began = here.exists(), time.process_time()
         here.mkdir(parents=True, exist_ok=True)
-        trainer = stage.trainer(self)
+        trainer = stage(self)
         trainer.run(directory=here, progress=self.progress)
         if trainer.step < trainer.recipe.steps:
             raise KeyboardInterrupt
@@ -198,22 +198,14 @@ class R1Run:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What must be finished before, and how the model learns."""
-
-    needs: tuple[str, ...]
-    trainer: Callable[[R1Run], Trainer | RLTrainer]
-
-
-STAGES: dict[str, Stage] = {}
+STAGES: dict[str, Callable[[R1Run], Trainer | RLTrainer]] = {}
 
 
 def stage(*needs: str) -> Callable[[Callable], Callable]:
-    """Make a function the stage of its name."""
+    """Make a function the stage of its name, which comes after those that it `needs`."""
 
     def register(function: Callable[[R1Run], Trainer | RLTrainer]) -> Callable:
-        STAGES[function.__name__] = Stage(needs, function)
+        STAGES[function.__name__], function.needs = function, needs
         return function
 
     return register

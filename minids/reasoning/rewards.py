@@ -71,8 +71,8 @@ def has_form(response: Response) -> float:
     return float(response.well_formed)
 
 
-def language_consistency(response: Response, language: str = "en") -> float:
-    """Share of the thought's words that are in the language, "en" or "zh" (FACTS.md section 8.2); 1 without words.
+def language_consistency(response: Response) -> float:
+    """Share of the thought's words that are English (FACTS.md section 8.2); 1 without words.
 
     A word is two or more Latin letters, or up to two Han characters. 0 where there is no thought to read.
     """
@@ -80,8 +80,7 @@ def language_consistency(response: Response, language: str = "en") -> float:
         return 0.0
     english = len(re.findall("[A-Za-z]{2,}", response.thought))
     chinese = len(re.findall("[\u4e00-\u9fff]{1,2}", response.thought))
-    words = english + chinese
-    return {"en": english, "zh": chinese}[language] / words if words else 1.0
+    return english / (english + chinese) if english + chinese else 1.0
 
 
 Judge = Callable[[list[tuple[str, str]]], list[Verdict]]
@@ -103,11 +102,6 @@ class Score:
     parts: Mapping[str, float]
     total: float
 
-    @classmethod
-    def of(cls, parts: Mapping[str, float], weights: Mapping[str, float]) -> "Score":
-        """Parts without a weight are only reported."""
-        return cls(parts, sum(weights.get(name, 0.0) * value for name, value in parts.items()))
-
 
 Reward = Callable[[Sequence[Problem], Sequence[Response]], list[Score]]
 """What the trainer asks: the scores of a batch of responses to as many problems."""
@@ -118,12 +112,11 @@ class RuleReward:
     """accuracy + 0.1 form, and if wanted the language: the rewards of R1-Zero (FACTS.md section 8.2).
 
     With a judge, accuracy is that of programs, by unit tests; without one, that of answers, by comparison.
-    Raises ValueError for a weight of a part that does not exist.
+    Parts without a weight are only reported. Raises ValueError for a weight of a part that does not exist.
     """
 
     weights: Mapping[str, float]
     judge: Judge | None = None
-    language: str = "en"
 
     def __post_init__(self):
         unknown = sorted(set(self.weights) - {"accuracy", "format", "language"})
@@ -135,11 +128,11 @@ class RuleReward:
             accuracy = list(map(exact_answer, problems, responses))
         else:
             accuracy = unit_tests(problems, responses, self.judge)
-        parts = (
-            {"accuracy": right, "format": has_form(r), "language": language_consistency(r, self.language)}
-            for right, r in zip(accuracy, responses, strict=True)
-        )
-        return [Score.of(part, self.weights) for part in parts]
+        scores = []
+        for right, response in zip(accuracy, responses, strict=True):
+            parts = {"accuracy": right, "format": has_form(response), "language": language_consistency(response)}
+            scores.append(Score(parts, sum(self.weights.get(name, 0.0) * value for name, value in parts.items())))
+        return scores
 
 
 R1_ZERO_WEIGHTS: Mapping[str, float] = {"accuracy": 1.0, "format": 0.1}

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -35,7 +34,7 @@ from minids.reasoning.rollout import (
     samples_as_text,
     token_logps,
 )
-from minids.reasoning.tasks import Problem
+from minids.reasoning.tasks import Problem, Task
 from minids.training.checkpoint import load_checkpoint
 from minids.training.metrics import Metrics
 from minids.training.optimizer import make_optimizers
@@ -94,20 +93,9 @@ LOGP_TOLERANCE = 1e-4
 DYNAMIC_ROUNDS = 4
 
 
-@runtime_checkable
-class Problems(Protocol):
-    """Where problems come from; `tasks.Task` is one, and any class with these two methods is another."""
-
-    def draw(self, rng: random.Random, count: int) -> list[Problem]:
-        """Problems to train on."""
-
-    def held_out(self, count: int) -> list[Problem]:
-        """Problems to judge by: always the same."""
-
-
 @dataclass(frozen=True)
 class ProblemSet:
-    """Problems from two lists, to train on and to judge by."""
+    """Problems from two lists, to train on and to judge by: what a `Task` is, of one's own problems."""
 
     train: Sequence[Problem]
     test: Sequence[Problem]
@@ -128,7 +116,9 @@ class RLTrainer(Loop):
 
     judges_the_start = True
 
-    def __init__(self, model: MiniDS, tokenizer: Tokenizer, problems: Problems, reward: Reward, recipe: RLRecipe):
+    def __init__(
+        self, model: MiniDS, tokenizer: Tokenizer, problems: Task | ProblemSet, reward: Reward, recipe: RLRecipe
+    ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"vocab_size={model.config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens")
         super().__init__(model, recipe, make_optimizers(model, "adamw", recipe.learning_rate, weight_decay=0.0))
@@ -149,9 +139,8 @@ class RLTrainer(Loop):
     def evaluate(self) -> Metrics:
         """pass@1, pass@k and the rest of `rollout.evaluate` on held-out problems, as held_out/... ."""
         recipe, problems = self.recipe, self.problems.held_out(self.recipe.evaluation_problems)
-        self.model.eval()
         metrics = evaluate(
-            self.model, self.tokenizer, problems, self.reward, samples=recipe.evaluation_samples,
+            self.model.eval(), self.tokenizer, problems, self.reward, samples=recipe.evaluation_samples,
             max_new_tokens=recipe.max_new_tokens, max_cache_bytes=recipe.max_cache_bytes,
         )  # fmt: skip
         return {f"held_out/{name}": value for name, value in metrics.items()}

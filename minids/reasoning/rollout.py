@@ -150,34 +150,22 @@ def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def evaluate(
-    model: MiniDS,
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    reward: Reward,
-    *,
-    samples: int,
-    max_new_tokens: int,
-    solved: str = "accuracy",
-    temperature: float = 1.0,
-    seed: int = 0,
-    max_cache_bytes: int = 2**28,
+    model: MiniDS, tokenizer: Tokenizer, problems: Sequence[Problem], reward: Reward, *, samples: int, **options
 ) -> dict[str, float]:
-    """pass@1 and pass@`samples` of the part `solved`, with half their 95 % intervals; mean length and reward parts.
+    """`summary` of `samples` answers to each problem, the same draws every time. Options as in `sample`."""
+    generator = torch.Generator(model.head.weight.device).manual_seed(0)
+    return summary(answer(model, tokenizer, problems, reward, samples, generator=generator, **options))
 
-    A reward without that part, because nothing is right or wrong, has no pass@k.
+
+def summary(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
+    """pass@1 and pass@k of groups of k answers, with half their 95 % intervals; mean length and reward parts.
+
+    A reward without "accuracy", because nothing is right or wrong, has no pass@k.
     """
-    generator = torch.Generator(model.head.weight.device).manual_seed(seed)
-    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, max_cache_bytes=max_cache_bytes)
-    groups = answer(model, tokenizer, problems, reward, samples, generator=generator, **options)
-    return summary(groups, solved)
-
-
-def summary(groups: Sequence[Sequence[Sample]], solved: str = "accuracy") -> dict[str, float]:
-    """What `evaluate` returns, of answers that are there: a group to each problem, all groups of one size."""
     samples = len(groups[0])
-    rights = [sum(sample.score.parts.get(solved) == 1 for sample in group) for group in groups]
+    rights = [sum(sample.score.parts.get("accuracy") == 1 for sample in group) for group in groups]
     metrics = {}
-    for k in sorted({1, samples}) if solved in groups[0][0].score.parts else ():
+    for k in sorted({1, samples}) if "accuracy" in groups[0][0].score.parts else ():
         mean, half = mean_with_interval([pass_at_k(samples, right, k) for right in rights])
         metrics |= {f"pass@{k}": mean, f"pass@{k}_interval": half}
     return metrics | averages([sample for group in groups for sample in group])

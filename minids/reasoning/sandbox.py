@@ -28,7 +28,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -55,41 +55,30 @@ class Failed(Exception):
 
 
 class Sandbox:
-    """Judges programs, `workers` of them at a time; a context manager.
+    """Judges programs, `workers` of them at a time.
 
     `walls` names the layers in use. Raises `NoWalls` where the strong ones cannot be had, unless `weaker` accepts what
     remains, which is then named in a warning.
     """
 
     def __init__(self, workers: int = 2, limits: Limits = Limits(), weaker: bool = False):  # noqa: B008 - frozen
-        if workers < 1:
-            raise ValueError(f"workers={workers!r}: must be at least 1")
-        self.limits = limits
-        self.walls = find_walls(weaker)
+        self.workers, self.limits, self.walls = workers, limits, find_walls(weaker)
         if self.walls in WEAKER:
             warnings.warn(f"untrusted programs run behind weaker walls: {', '.join(self.walls)}", stacklevel=2)
-        self._threads = ThreadPoolExecutor(workers)  # they only wait; the work is in the processes
-
-    def __enter__(self) -> "Sandbox":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    def run(self, program: str, tests: str) -> Verdict:
-        """The verdict on one program; `parse` says what `tests` may hold, and raises `ValueError` for the rest."""
-        return self.run_many([(program, tests)])[0]
 
     def run_many(self, pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
-        """The verdicts on (program, tests) pairs, in their order. Raises as `run` does, before any program starts."""
+        """The verdicts on (program, tests) pairs, in their order.
+
+        `parse` says what `tests` may hold, and raises `ValueError` for the rest before any program starts.
+        """
         jobs = [(program, parse(tests)) for program, tests in pairs]
-        return list(self._threads.map(lambda job: judge(*job, self.walls, self.limits), jobs))
+        with ThreadPoolExecutor(self.workers) as threads:  # they only wait; the work is in the processes
+            return list(threads.map(lambda job: judge(*job, self.walls, self.limits), jobs))
 
 
 def run(program: str, tests: str, limits: Limits = Limits(), weaker: bool = False) -> Verdict:  # noqa: B008 - frozen
     """The verdict on one program, in a `Sandbox` of its own."""
-    with Sandbox(1, limits, weaker) as sandbox:
-        return sandbox.run(program, tests)
+    return Sandbox(1, limits, weaker).run_many([(program, tests)])[0]
 
 
 @functools.cache
@@ -190,7 +179,7 @@ class _Asked(ast.NodeTransformer):
 
 def judge(program: str, tests: list[Test], walls: tuple[str, ...], limits: Limits) -> Verdict:
     """Load the program in a fresh process and hold every test against its answers, until one fails or time is up."""
-    with Cell(walls, limits) as cell:
+    with closing(Cell(walls, limits)) as cell:
         start = time.monotonic()
         deadline = start + limits.seconds
         try:
@@ -205,7 +194,7 @@ def judge(program: str, tests: list[Test], walls: tuple[str, ...], limits: Limit
 
 
 class Cell:
-    """One process behind its walls, ready for one program; a context manager. Raises `NoWalls` if they do not stand."""
+    """One process behind its walls, ready for one program, until closed. Raises `NoWalls` if they do not stand."""
 
     def __init__(self, walls: tuple[str, ...], limits: Limits):
         self.limits = limits
@@ -236,12 +225,6 @@ class Cell:
         except Failed as failure:
             complaint = self.close().decode(errors="replace").strip().splitlines()
             raise NoWalls(f"{walls[0]}: {complaint[-1] if complaint else failure}") from None
-
-    def __enter__(self) -> "Cell":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def close(self) -> bytes:
         """Kill everything inside, wait until it is gone, and return what it complained about while starting."""

@@ -80,10 +80,6 @@ class Chain:
             values.append(apply(values[-1], instruction))
         return values
 
-    @property
-    def is_small(self) -> bool:
-        return all(0 <= value <= LARGEST for value in self.values)
-
     @classmethod
     def draw(cls, rng: random.Random, length: int) -> "Chain":
         """A random one with small values."""
@@ -146,9 +142,9 @@ class Task(ABC):
         never_closed = f"<think>{thought}<answer>{answer}</answer>"
         return rng.choice((untagged, never_closed, f"<think>{thought}</think>{answer}"))
 
-    @abstractmethod
     def fits(self, chain: Chain) -> bool:
         """Whether the chain makes a problem of this family."""
+        return True
 
     @abstractmethod
     def key(self, chain: Chain) -> str:
@@ -169,9 +165,6 @@ class TraceTask(Task):
 
     name = "trace"
     difficulties, document_difficulties = (3, 4, 5, 6), (1, 2, 3, 4, 5, 6)
-
-    def fits(self, chain: Chain) -> bool:
-        return True
 
     def key(self, chain: Chain) -> str:
         steps = (f" {label}{sign}{n}" for label, (sign, n) in zip(LABELS[1:], chain.instructions, strict=False))
@@ -239,7 +232,8 @@ class ProgramTask(Task):
         if known:
             thought, value = write_steps(rng, chain.start, known, web, width, languages)
             thought += WORDS[rng.choice(languages)][0]
-        last = self._missing(last[0], value, goal)
+        operands = range(2, 5) if last[0] == "*" else range(1, 10)  # the one that leads nearest to the goal
+        last = last[0], min(operands, key=lambda operand: abs(apply(value, (last[0], operand)) - goal))
         step, _ = write_steps(rng, value, (last,), web, width, languages, first_label=len(known) + 1)
         return thought + step, self.program((*known, last))
 
@@ -259,14 +253,8 @@ class ProgramTask(Task):
 
     @staticmethod
     def _is_other(chain: Chain, start: int) -> bool:
-        other = Chain(start, chain.instructions)
-        return other.is_small and other.values[-1] != chain.values[-1]
-
-    @staticmethod
-    def _missing(sign: str, value: int, goal: int) -> Instruction:
-        """The instruction of this sign that comes nearest to leading from `value` to `goal`."""
-        operands = range(2, 5) if sign == "*" else range(1, 10)
-        return sign, min(operands, key=lambda operand: abs(apply(value, (sign, operand)) - goal))
+        values = Chain(start, chain.instructions).values
+        return all(0 <= value <= LARGEST for value in values) and values[-1] != chain.values[-1]
 
 
 TASKS: dict[str, type[Task]] = {"trace": TraceTask, "program": ProgramTask}

@@ -1,8 +1,7 @@
 """R1-Zero in miniature, from nothing: a base model from a small web, then reinforcement learning from rules alone."""
 
-import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from minids.config import ModelConfig
 from minids.data.batches import TokenizedCorpus
 from minids.model.transformer import MiniDS
-from minids.reasoning.rewards import R1_ZERO_WEIGHTS, Reward, RuleReward
+from minids.reasoning.rewards import R1_ZERO_WEIGHTS, RuleReward
 from minids.reasoning.sandbox import Sandbox
 from minids.reasoning.tasks import Task, TaskName, Web
 from minids.training.checkpoint import load_model
@@ -73,15 +72,11 @@ def load_base(directory: Path, task: Task) -> MiniDS:
     return model
 
 
-@contextlib.contextmanager
-def rule_reward(task: TaskName, weights: dict[str, float] | None = None, weaker: bool = False) -> Iterator[Reward]:
+def rule_reward(
+    task: TaskName, weights: Mapping[str, float] = R1_ZERO_WEIGHTS, weaker: bool = False
+) -> RuleReward:
     """The reward of a task: by comparison for "trace", by unit tests in a sandbox for "program".
 
     `weaker` accepts the sandbox's weaker walls where the strong ones cannot be had.
     """
-    weights = dict(R1_ZERO_WEIGHTS) if weights is None else weights
-    if task == "trace":
-        yield RuleReward(weights)
-    else:
-        with Sandbox(workers=2, weaker=weaker) as sandbox:
-            yield RuleReward(weights, sandbox.run_many)
+    return RuleReward(weights, None if task == "trace" else Sandbox(weaker=weaker).run_many)

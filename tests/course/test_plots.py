@@ -35,10 +35,10 @@ def test_points_carry_their_spread():
 
 
 def test_a_heatmap_says_what_its_colours_mean():
-    figure = plots.heatmap([[1, 2], [3, 4]], "step", "expert", "load (tokens)", extent=(0, 100, 2, 0))
+    figure = plots.heatmap([[1, 2], [3, 4]], "step", "expert", "load (tokens)")
     axes, bar = figure.axes
     assert axes.get_images()[0].get_array().tolist() == [[1, 2], [3, 4]]
-    assert bar.get_ylabel() == "load (tokens)" and axes.get_xlim() == (0, 100)
+    assert bar.get_ylabel() == "load (tokens)"
 
 
 def test_nothing_is_drawn_through_global_state():

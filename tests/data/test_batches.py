@@ -155,31 +155,16 @@ def test_resume_gives_the_same_batches(stop):
     state = json.loads(json.dumps(undisturbed.state_dict()))  # as a checkpoint would keep it
     resumed = BatchStream(CORPUS, batch_size=4, seq_len=16, seed=3)
     resumed.load_state_dict(state)
-    direct = BatchStream(CORPUS, batch_size=4, seq_len=16, seed=3, position=stop)
     for _ in range(20):
-        expected = next(undisturbed)
-        assert same(expected, next(resumed)) and same(expected, next(direct))
+        assert same(next(undisturbed), next(resumed))
     assert resumed.position == stop + 20
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seed": 4}, "saved data position is of seed 4, this stream has seed 3"),
-        ({"batch_size": 8}, "is of batch_size 8, this stream has batch_size 4"),
-        ({"seq_len": 32}, "is of seq_len 32, this stream has seq_len 16"),
-        ({"corpus": "0" * 16}, "is of corpus 0000000000000000, this stream has corpus"),
-        ({"position": -1}, "saved data position -1 must be a number of batches"),
-        ({"position": "7"}, "saved data position '7' must be a number of batches"),
-    ],
-)
-def test_a_foreign_state_is_refused_and_changes_nothing(change, message):
-    stream = BatchStream(CORPUS, batch_size=4, seq_len=16, seed=3, position=2)
-    with pytest.raises(ValueError, match=message):
-        stream.load_state_dict(stream.state_dict() | change)
-    with pytest.raises(ValueError, match="saved data position has no seed"):
-        stream.load_state_dict({"position": 5})
-    assert stream.position == 2
+def test_a_position_in_another_corpus_is_refused_and_changes_nothing():
+    stream = BatchStream(CORPUS, batch_size=4, seq_len=16, seed=3)
+    with pytest.raises(ValueError, match="is of corpus 0000000000000000, this stream has corpus"):
+        stream.load_state_dict({"position": 5, "corpus": "0" * 16})
+    assert stream.position == 0
 
 
 @given(lengths=st.lists(st.integers(2, 40), min_size=2, max_size=20), batch_size=st.integers(1, 7))
@@ -207,9 +192,3 @@ def test_too_short_a_corpus_and_bad_sizes():
     for call in (lambda **sizes: BatchStream(corpus, seed=0, **sizes), lambda **s: evaluation_batches(corpus, **s)):
         with pytest.raises(ValueError, match=r"corpus of 10 tokens is too short for a row of 10 \+ 1 tokens"):
             call(batch_size=2, seq_len=10)
-        with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
-            call(batch_size=0, seq_len=4)
-        with pytest.raises(ValueError, match="seq_len 0 must be at least 1"):
-            call(batch_size=1, seq_len=0)
-    with pytest.raises(ValueError, match="seed -1 and position 0 must not be negative"):
-        BatchStream(corpus, batch_size=1, seq_len=4, seed=-1)

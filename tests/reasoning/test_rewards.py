@@ -108,19 +108,18 @@ def test_a_token_beyond_the_tokenizer_spoils_the_answer():
 
 
 @pytest.mark.parametrize(
-    ("thought", "english", "chinese"),
+    ("thought", "english"),
     [
-        ("b7+8=15 then c15-9=6", 1.0, 0.0),
-        ("b7+8=15 然后 c15-9=6", 0.0, 1.0),
-        ("b7+8=15 then c15-9=6 然后 d6*3=18 so 18", 2 / 3, 1 / 3),
-        ("7+8=15", 1.0, 1.0),
-        ("b c d", 1.0, 1.0),
+        ("b7+8=15 then c15-9=6", 1.0),
+        ("b7+8=15 然后 c15-9=6", 0.0),
+        ("b7+8=15 then c15-9=6 然后 d6*3=18 so 18", 2 / 3),
+        ("7+8=15", 1.0),
+        ("b c d", 1.0),
     ],
 )
-def test_language_consistency_counts_words(thought, english, chinese):
+def test_language_consistency_counts_words(thought, english):
     response = read(f"<think>{thought}</think><answer>18</answer><eos>")
     assert language_consistency(response) == pytest.approx(english)
-    assert language_consistency(response, "zh") == pytest.approx(chinese)
 
 
 def test_without_a_thought_there_is_no_language():
@@ -151,7 +150,7 @@ def test_the_sum_weighs_the_parts():
     right, wrong_form = RuleReward(R1_ZERO_WEIGHTS)([PROBLEM] * 2, [read(RIGHT), read("<answer>15</answer><eos>")])
     assert right.total == pytest.approx(1.1) and wrong_form.total == 1.0
     assert right.parts == {"accuracy": 1, "format": 1, "language": 1}
-    (score,) = RuleReward({"language": 0.5}, language="zh")([PROBLEM], [read("<think>wait 等等</think><eos>")])
+    (score,) = RuleReward({"language": 0.5})([PROBLEM], [read("<think>wait 等等</think><eos>")])
     assert score.parts == {"accuracy": 0, "format": 0, "language": 0.5} and score.total == 0.25
     with pytest.raises(ValueError, match="there is no part 'lenght'"):
         RuleReward({"lenght": 1.0})

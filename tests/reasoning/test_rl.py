@@ -410,5 +410,5 @@ def test_the_command_trains_a_base_teaches_it_and_goes_on_where_it_stopped(tmp_p
 
 
 def test_the_reward_of_the_recipe_is_accuracy_and_a_tenth_for_the_form():
-    with zero.rule_reward("trace") as reward:
-        assert reward == RuleReward(dict(R1_ZERO_WEIGHTS)) and reward.weights == {"accuracy": 1.0, "format": 0.1}
+    reward = zero.rule_reward("trace")
+    assert reward == RuleReward(R1_ZERO_WEIGHTS) and reward.weights == {"accuracy": 1.0, "format": 0.1}

@@ -480,8 +480,7 @@ def test_honest_programs_get_the_right_verdict(walls, monkeypatch):
     monkeypatch.setattr(module, "find_walls", lambda weaker: walls)
     with pytest.warns(UserWarning, match="landlock") if walls in WEAKER else contextlib.nullcontext():
         sandbox = Sandbox(workers=2, limits=PATIENT)
-    with sandbox:
-        verdicts = sandbox.run_many([(program, tests) for program, tests, _ in programs])
+    verdicts = sandbox.run_many([(program, tests) for program, tests, _ in programs])
     assert [verdict.passed for verdict in verdicts] == [right for *_, right in programs]
 
 
@@ -544,7 +543,7 @@ def test_programs_die_with_the_judge(walls):
     judge = os.fork()
     if judge == 0:
         try:
-            with Cell(walls, PATIENT) as cell:
+            with contextlib.closing(Cell(walls, PATIENT)) as cell:
                 os.write(writer, b"up")
                 cell.ask("while True: pass", time.monotonic() + 60)
         finally:
@@ -632,11 +631,6 @@ def test_other_forms_are_refused(tests):
 def test_limits_are_checked(limit):
     with pytest.raises(ValueError, match=f"^{next(iter(limit))}="):
         Limits(**limit)
-
-
-def test_no_workers():
-    with pytest.raises(ValueError, match="workers=0"):
-        Sandbox(workers=0)
 
 
 @pytest.fixture

@@ -189,9 +189,6 @@ def test_examples_go_to_a_file_and_back(tmp_path):
     examples = [Example("a7?", "<think> 然后\u2028</think>"), Example("", "")]
     (tmp_path / "e.jsonl").write_text(as_lines(examples))
     assert read_examples(tmp_path / "e.jsonl") == examples
-    (tmp_path / "e.jsonl").write_text(as_lines(examples) + '{"prompt": "a')
-    with pytest.raises(ValueError, match="line 3: no example"):
-        read_examples(tmp_path / "e.jsonl")
 
 
 def test_careful_authors_are_right_well_formed_and_english():
