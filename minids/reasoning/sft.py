@@ -30,7 +30,7 @@ CAREFUL = Web(slip=0.0, wrong_step=0.0)
 
 @dataclass(frozen=True)
 class Example:
-    """What is asked, and the answer to be learnt; special tokens by name in the answer, <bos> and <eos> in neither."""
+    """What is asked, and the answer to be learned; special tokens by name in the answer, <bos> and <eos> in neither."""
 
     prompt: str
     answer: str

@@ -238,7 +238,7 @@ class ProgramTask(Task):
         return thought + step, self.program((*known, last))
 
     def document(self, rng: random.Random, web: Web = Web()) -> str:  # noqa: B008 - frozen
-        """Half of this web traces programs: calculating is learnt where it is written down."""
+        """Half of this web traces programs: calculating is learned where it is written down."""
         return super().document(rng, web) if rng.random() < 0.5 else TraceTask().document(rng, web)
 
     @staticmethod

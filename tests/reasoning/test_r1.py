@@ -45,7 +45,7 @@ def small_model(seed=0):
 
 
 def accept_most(problems, responses):
-    """Something for models to be accepted by that have learnt nothing: three answers in four, by their tokens."""
+    """Something for models to be accepted by that have learned nothing: three answers in four, by their tokens."""
     rights = [float(sum(response.tokens) % 4 > 0) for response in responses]
     return [Score(GOOD | {"accuracy": right, "format": right}, right) for right in rights]
 

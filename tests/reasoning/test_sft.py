@@ -61,11 +61,11 @@ def test_the_targets_are_the_answers_and_their_ends():
     rows = stream().batch(0)
     for tokens, labels in zip(rows.tokens, targets(rows), strict=True):
         text = TOKENIZER.decode(tokens, skip_special=False)
-        learnt = TOKENIZER.decode(labels[labels != IGNORED], skip_special=False)
+        learned = TOKENIZER.decode(labels[labels != IGNORED], skip_special=False)
         prompt, question, rest = text.partition("?")
         assert prompt.startswith("<bos>") and question
-        assert learnt == rest.replace("<pad>", "")
-        assert learnt.startswith("<think>") and learnt.endswith("</answer><eos>")
+        assert learned == rest.replace("<pad>", "")
+        assert learned.startswith("<think>") and learned.endswith("</answer><eos>")
 
 
 def test_an_answer_without_tags_and_an_empty_prompt_are_masked_alike():

@@ -241,8 +241,8 @@ EXERCISES = [
     Function(
         "10.1", "sft_loss", sft_loss, sft_examples,
         mistakes={
-            "the prompt is learnt too": sft_loss_with_prompt,
-            "padding is learnt too": sft_loss_with_padding,
+            "the prompt is learned too": sft_loss_with_prompt,
+            "padding is learned too": sft_loss_with_padding,
             "the first token of the answer is left out": sft_loss_from_second,
             "position t is asked for token t, which it has just read": sft_loss_unshifted,
             "every answer weighs the same, however long it is": sft_loss_by_row,
@@ -276,10 +276,10 @@ EXERCISES = [
     SpotTheBug(
         "10.4", "test_labels", labels,
         (
-            Bug("the prompt is learnt", labels_with_prompt, "which labels does a prompt of three tokens leave?"),
-            Bug("padding is learnt", labels_with_padding, "leave room after the answer"),
+            Bug("the prompt is learned", labels_with_prompt, "which labels does a prompt of three tokens leave?"),
+            Bug("padding is learned", labels_with_padding, "leave room after the answer"),
             Bug("labels are not shifted", labels_unshifted, "the last prompt token predicts the first of the answer"),
-            Bug("the end is never learnt", labels_without_end, "is the answer's last token a label?"),
+            Bug("the end is never learned", labels_without_end, "is the answer's last token a label?"),
         ),
     ),
     SpotTheBug(
