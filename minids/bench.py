@@ -173,7 +173,8 @@ def cuda_training(repeats: int) -> list[dict]:
     rows = [_row("small on the GPU, thousand tokens/s in bf16", [rate / 1e3 for rate in rates], "")]
     if torch.cuda.get_device_capability() == (9, 0):  # Hopper, whose peak is the default of `cost.mfu`
         flops = cost.training_flops_per_token(config, SMALL_SEQ_LEN)
-        rows.append(_row("small on the GPU, model FLOPs utilisation", [cost.mfu(rate, flops) for rate in rates], ""))
+        shares = [cost.mfu(rate, flops) for rate in rates]
+        rows.append(_row("small on the GPU, FLOPs of the model over the peak of an H800", shares, ""))
     return rows
 
 
