@@ -248,7 +248,7 @@ COMMANDS = {
 
 
 def _later(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """What tyro shall call in place of `function`: it takes the arguments that were parsed, and runs nothing yet."""
+    """What tyro should call in place of `function`: it takes the arguments that were parsed, and runs nothing yet."""
 
     @functools.wraps(function)
     def prepare(*args: Any, **kwargs: Any) -> Callable[[], None]:

@@ -158,7 +158,7 @@ class Sharded:
     def move(self, expert_of_slot: Int[Tensor, "slots"]) -> None:
         """Hold this rank's run of these slots; where an expert has several copies, the first one is copied.
 
-        One matrix after the other is gathered whole on every rank, which takes what it is worth.
+        One matrix after the other is gathered whole on every rank: simple, and dear where experts are large.
         """
         old = self.expert_of_slot
         source = expert_of_slot if old is None else slots_in_turn(expert_of_slot[None], old)[0]
