@@ -58,6 +58,7 @@ def lab(folder):
     options = ["--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0"]
     options.append("--IdentityProvider.token=t")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "JUPYTER_CONFIG_DIR": str(folder)}
+    environment.pop("PYTHONSTARTUP", None)  # that of the tests' own kernels
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
             server_command(folder) + options, env=environment, stdout=log, stderr=log, start_new_session=True
