@@ -183,6 +183,13 @@ def test_bad_recipes_are_refused_by_name(field, value):
         dataclasses.replace(Recipe(), **{field: value})
 
 
+def test_a_step_gives_every_group_of_every_optimizer_its_learning_rate():
+    trainer = Trainer(nano(), counting_data(), dataclasses.replace(RECIPE, optimizer="muon"))
+    trainer.descend(0.5)
+    assert len(trainer.optimizers) == 2
+    assert {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups} == {0.5}
+
+
 def test_text_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="seq_len=32: the context holds 16"):
         Trainer(nano(max_position_embeddings=16), counting_data(), RECIPE)
