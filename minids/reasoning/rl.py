@@ -84,7 +84,7 @@ class RLRecipe:
     checkpoint_every: int = 20
 
     def __post_init__(self):
-        check_fields(self, ("warmup_steps", "clip_low", "clip_high", "kl_weight", "balance_speed", "seed"))
+        check_fields(self, may_be_zero=("warmup_steps", "clip_low", "clip_high", "kl_weight", "balance_speed", "seed"))
         require(self.group_size >= 2, "group_size", self.group_size, "must be at least 2")
         require(self.evaluation_problems >= 2, "evaluation_problems", self.evaluation_problems, "must be at least 2")
 
