@@ -1,11 +1,10 @@
-"""Read by every kernel that the tests start: a cell fails if it shows a figure whose axes do not say what they hold.
+"""Installed in every kernel that the tests start: a cell fails if it shows a figure whose axes do not say what they hold.
 
 Names along an axis speak for themselves; numbers need a label, of the axis or of the whole figure.
 """
 
 import re
 
-from IPython import get_ipython
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
@@ -42,5 +41,6 @@ def checked(figure: Figure, draw=plots.png) -> bytes:
     return picture
 
 
-if get_ipython() is not None:
+def install() -> None:
+    """Check every figure that this process draws from now on."""
     plots.png = checked

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from minids.config import ModelConfig, YaRN
 
 
+def at_least_float32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`x` in float32, or as it is where it is float64: what losses, affinities and log-probabilities are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     """Divide each vector by its root mean square, then scale each channel: x / sqrt(mean(x^2) + eps) * weight."""
 

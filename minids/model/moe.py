@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
-from minids.model.layers import SwiGLU
+from minids.model.layers import SwiGLU, at_least_float32
 
 
 @dataclass
@@ -60,9 +60,9 @@ class Router(nn.Module):
 
     def scores(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq experts"]:
         """The affinity of each token to each expert, in float32 at least, also under autocast."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = at_least_float32(x)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+            logits = F.linear(x, self.weight.to(x.dtype))
         return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
 
     def choose(self, scores: Float[Tensor, "batch seq experts"]) -> Int[Tensor, "batch seq k"]:

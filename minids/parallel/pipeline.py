@@ -276,7 +276,8 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, tokens: Int[Tensor, "batch seq"], target: Any, loss: Loss) -> float:
         """`loss(output, target)` of a batch of any shape, given to every rank: no gradients, stage after stage."""
-        x = torch.empty(*tokens.shape, self.stages[0].config.hidden_size, device=self.device)
+        dtype = next(self.stages[0].parameters()).dtype
+        x = torch.empty(*tokens.shape, self.stages[0].config.hidden_size, dtype=dtype, device=self.device)
         total, loads = self._zeros()
         batch = MicroBatch(tokens.to(self.device), target, loss, 0.0, total, loads)
         for stop, following in pairwise((*self.schedule.routes[0], None)):

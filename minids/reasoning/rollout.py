@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minids.data.tokenizer import Tokenizer
 from minids.inference.generate import Sampling, stream
+from minids.model.layers import at_least_float32
 from minids.model.moe import Routing
 from minids.model.transformer import MiniDS
 from minids.reasoning.rewards import Response, Reward, Score, read_response
@@ -74,7 +75,7 @@ class _Recording(Sampling):
             tokens = logits.argmax(-1)
             self.last[:] = [0.0] * len(tokens)
             return tokens
-        logp = (logits.float() / self.temperature).log_softmax(-1)
+        logp = (at_least_float32(logits) / self.temperature).log_softmax(-1)
         tokens = torch.multinomial(logp.exp(), 1, generator=generator)
         self.last[:] = logp.gather(1, tokens)[:, 0].tolist()
         return tokens[:, 0]
@@ -115,7 +116,7 @@ def token_logps(
 ) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"], list[Routing]]:
     """Log-probability of each next token under the distribution that was sampled from, its entropy, the routings."""
     out = model(tokens[:, :-1])
-    logp = (out.logits.float() / temperature).log_softmax(-1)
+    logp = (at_least_float32(out.logits) / temperature).log_softmax(-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
     return logp.gather(-1, tokens[:, 1:, None])[..., 0], entropy, out.routings
 

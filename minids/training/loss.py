@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minids.data.batches import Batch
+from minids.model.layers import at_least_float32
 from minids.model.moe import balance_loss
 from minids.model.transformer import MiniDS, Output
 
@@ -62,7 +63,8 @@ def losses(model: MiniDS, out: Output, batch: Batch, share: Share) -> Losses:
 
 
 def _summed_nats(logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    flat = at_least_float32(logits.flatten(0, 1))
+    return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 @torch.inference_mode()

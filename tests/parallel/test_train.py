@@ -1,4 +1,10 @@
-"""Training on many processes against training on one: losses, norms, biases, checkpoints; and processes that die."""
+"""Training on many processes against training on one: losses, norms, biases, checkpoints; and processes that die.
+
+Both sides train in float64. Ranks add up the same terms in another order, and AdamW divides a gradient by its own size,
+so that in float32 a weight whose gradient is nearly 0 may move another way, and a token may change its expert: how far
+two correct runs part would then depend on the processor. In float64 twenty steps differ by some 1e-15, and what a
+mistake does (a rank's rows left out, a sum over the wrong group) by far more than `ROUNDING`.
+"""
 
 import dataclasses
 import functools
@@ -33,19 +39,20 @@ WANTED = dataclasses.replace(
     RECIPE, steps=20, batch_size=8, seq_len=12, balance_speed=0.05, learning_rate=3e-3, evaluation_batches=2
 )
 LAYOUTS = {"dp=2": 2, "dp=4": 4, "ep=2": 2, "ep=2,dp=2": 4, "pp=2": 2, "pp=2,ep=2": 4}
+ROUNDING = 1e-10
 SEEN = ("loss", "mtp_loss", "balance_loss", "gradient_norm", "max_violation")
 
 
-def model(layers=2, **changes):
+def model(layers, dtype):
     torch.manual_seed(0)
-    return MiniDS(ModelConfig.preset("nano", num_hidden_layers=layers, **SIZES | changes))
+    return MiniDS(ModelConfig.preset("nano", num_hidden_layers=layers, **SIZES)).to(dtype)
 
 
-def trainer(text, world, recipe=WANTED, **changes):
+def trainer(text, world, recipe=WANTED, layers=2, dtype=torch.float64):
     """On one process of `world` that follow the layout `text`; the loop of one where it is empty."""
     if not text:
-        return Trainer(model(**changes), counting_data(), recipe)
-    return ParallelTrainer(model(**changes), counting_data(), recipe, Layout.parse(text, world))
+        return Trainer(model(layers, dtype), counting_data(), recipe)
+    return ParallelTrainer(model(layers, dtype), counting_data(), recipe, Layout.parse(text, world))
 
 
 def course(each, steps=20):
@@ -60,9 +67,13 @@ def on_one_process(recipe, layers):
     return course(trainer("", 1, recipe, layers=layers))
 
 
-@functools.cache
-def on_one_process_once(recipe):
-    return course(trainer("", 1, recipe, layers=4), 1)
+def assert_same_course(result, expected):
+    """The metrics, the bits per byte and the biases that a rank holds are those of one process."""
+    (metrics, bits, biases), (its_metrics, its_bits, its_biases) = expected, result
+    wanted, got = (torch.tensor(each, dtype=torch.float64) for each in (metrics, its_metrics))
+    torch.testing.assert_close(got, wanted, atol=ROUNDING, rtol=0)
+    assert its_bits == pytest.approx(bits, abs=ROUNDING)
+    assert all(torch.equal(bias, biases[name]) for name, bias in its_biases.items())
 
 
 @pytest.mark.parametrize("text", LAYOUTS)
@@ -70,27 +81,35 @@ def test_the_first_steps_equal_those_of_one_process(text):
     """Every rank reports the same, and what one process would have."""
     layers = 4 if "pp" in text else 2  # a stage has at least one, and a rank of DualPipeV two stages
     recipe = dataclasses.replace(WANTED, micro_batch_size=None if "pp" in text else 2)  # it also cuts the validation
-    expected, bits, biases = on_one_process(recipe, layers)
+    expected = on_one_process(recipe, layers)
     results = launch(lambda rank: course(trainer(text, LAYOUTS[text], recipe, layers=layers)), LAYOUTS[text])
-    seen = set()
-    for metrics, its_bits, its_biases in results:
-        torch.testing.assert_close(torch.tensor(metrics), torch.tensor(expected), atol=1e-5, rtol=0)
-        assert its_bits == pytest.approx(bits, abs=1e-5)
-        assert all(torch.equal(bias, biases[name]) for name, bias in its_biases.items())
-        seen |= its_biases.keys()
-    assert seen == biases.keys() and all(bias.any() for bias in biases.values())
+    for result in results:
+        assert_same_course(result, expected)
+    _, _, biases = expected
+    assert set().union(*(its_biases for _, _, its_biases in results)) == biases.keys()
+    assert all(bias.any() for bias in biases.values())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize("text", ["ep=2,dp=2", "pp=2,ep=2"])
 def test_one_step_in_few_bits_equals_that_of_one_process(text, precision):
-    """Only one: afterwards their rounding differs, since the ranks cut the batch into tiles of their own."""
-    recipe = dataclasses.replace(WANTED, precision=precision)
-    ((expected,), _, _), ((exact,), _, _) = (on_one_process_once(r) for r in (recipe, WANTED))
-    for (metrics,), _, _ in launch(lambda rank: course(trainer(text, 4, recipe, layers=4), 1), 4):
+    """Only one: afterwards their rounding differs, since the ranks cut the batch into tiles of their own.
+
+    From float32 weights, since autocast leaves float64 as it is. Losses: sums of some hundred float32 terms of equal
+    sign, a few units in the last place of 5.5 (5e-7 each); the precision itself moves them by 1e-3. Gradient norm: each
+    side rounds a weight's gradient to bf16, by at most 2^-9 of it, one process once and the ranks once each.
+    """
+    few_bits = dataclasses.replace(WANTED, precision=precision)
+
+    def one_step(text, recipe):
+        return course(trainer(text, 4, recipe, layers=4, dtype=torch.float32), 1)[0][0]
+
+    expected, exact = one_step("", few_bits), one_step("", WANTED)
+    for metrics in launch(lambda rank: one_step(text, few_bits), 4):
         *losses, norm, violation = (a - b for a, b in zip(metrics, expected, strict=True))
-        assert max(map(abs, losses)) < 1e-5 and abs(norm) < 1e-3 and violation == 0
-    assert abs(expected[0] - exact[0]) > 1e-4, "the precision shows in the loss"
+        assert max(map(abs, losses)) < 1e-5 and violation == 0
+        assert abs(norm) < 2 * 2**-9 * expected[SEEN.index("gradient_norm")]
+    assert abs(expected[0] - exact[0]) > 3e-4, "the precision shows in the loss"
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
@@ -134,12 +153,10 @@ def resumed(text, world, checkpoint):
 )
 def test_a_checkpoint_goes_on_under_any_layout(checkpoints, written, read, world):
     checkpoint = latest_checkpoint(checkpoints / written / "checkpoints")
-    expected, bits, biases = undisturbed()
+    metrics, *others = undisturbed()
     work = functools.partial(resumed, read, world, checkpoint)
-    for metrics, its_bits, its_biases in launch(lambda rank: work(), world) if read else [work()]:
-        torch.testing.assert_close(torch.tensor(metrics), torch.tensor(expected[3:]), atol=1e-5, rtol=0)
-        assert its_bits == pytest.approx(bits, abs=1e-5)
-        assert all(torch.equal(bias, biases[name]) for name, bias in its_biases.items())
+    for result in launch(lambda rank: work(), world) if read else [work()]:
+        assert_same_course(result, (metrics[3:], *others))
 
 
 def test_a_checkpoint_of_many_looks_like_that_of_one(checkpoints):
@@ -153,7 +170,7 @@ def test_a_checkpoint_of_many_looks_like_that_of_one(checkpoints):
             assert tensors[part].keys() == expected[part].keys()
             for name, tensor in tensors[part].items():
                 assert tensor.dtype == expected[part][name].dtype
-                torch.testing.assert_close(tensor, expected[part][name], atol=1e-5, rtol=0)
+                torch.testing.assert_close(tensor, expected[part][name], atol=ROUNDING, rtol=0)
 
 
 # What a rank tells of itself ------------------------------------------------------------------------------------------
@@ -203,7 +220,7 @@ def test_a_pipeline_in_bf16_multiplies_in_bf16():
     """In training; it is judged in float32, as on one process."""
 
     def work(rank):
-        each = trainer("pp=2", 2, dataclasses.replace(WANTED, precision="bf16"), layers=4)
+        each = trainer("pp=2", 2, dataclasses.replace(WANTED, precision="bf16"), 4, torch.float32)
         seen = set()
         for module in (module for stage in each.parts for module in stage.modules()):
             if isinstance(module, torch.nn.Linear):
@@ -294,14 +311,16 @@ def test_torchrun_starts_again_after_a_kill_with_the_same_curve(tmp_path, layout
     text = read_text(dataclasses.replace(run, data=(str(tmp_path / "text.jsonl"),)), tokenizer)
     torch.manual_seed(run.recipe.seed)
     alone = Trainer(MiniDS(run.config), text, run.recipe)
+    before = {name: weight.clone() for name, weight in alone.model.state_dict().items()}
     expected = [alone.train_step()["loss"] for _ in range(10)]
     lines = read_metrics(tmp_path / "runs/run")
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert [line["loss"] for line in lines] == pytest.approx(expected, abs=1e-4)
     assert lines[-1]["validation_bits_per_byte"] == pytest.approx(alone.evaluate(), abs=1e-4)
     model, _ = load_run(tmp_path / "runs/run")
-    for name, weight in model.state_dict().items():
-        torch.testing.assert_close(weight, alone.model.state_dict()[name], atol=1e-3, rtol=0)
+    for name, weight in alone.model.state_dict().items():  # float32: what counts is how far apart beside how far moved
+        apart, moved = (model.state_dict()[name] - weight).norm(), (weight - before[name]).norm()
+        assert apart <= 0.01 * moved, (name, apart, moved)
 
 
 @pytest.mark.parametrize(
