@@ -15,8 +15,8 @@ import torch
 
 from minids.config import ModelConfig
 from minids.course.experiment import builtin_text, trials
-from minids.files import write_text_whole
-from minids.training.loop import Recipe
+from minids.files import atomic_write_text
+from minids.training.pretrain import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "attention.json"
 SEEDS = (0, 1, 2)
@@ -55,7 +55,7 @@ def main() -> None:
         "configs": {name: config.to_dict() for name, config in VARIANTS.items()},
         "validation_bits_per_byte": checks,
     }
-    write_text_whole(RESULTS, json.dumps(results, indent=1) + "\n")
+    atomic_write_text(RESULTS, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

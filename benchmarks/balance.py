@@ -27,11 +27,11 @@ from torch import Tensor
 from minids.config import ModelConfig
 from minids.course.experiment import builtin_text
 from minids.data.batches import evaluation_batches
-from minids.files import write_text_whole
+from minids.files import atomic_write_text
 from minids.model.moe import max_violation
 from minids.model.transformer import MiniDS
-from minids.training.loop import Recipe, Trainer
 from minids.training.loss import bits_per_byte
+from minids.training.pretrain import Recipe, Trainer
 
 RESULTS = Path(__file__).parent / "results" / "balance.json"
 CONFIG = ModelConfig.preset(
@@ -135,7 +135,7 @@ def store(name: str, way: Way, runs: list[dict]) -> None:
     }
     ordered = {known: found["ways"][known] for known in ways() if known in found["ways"]}
     setting = {"config": CONFIG.to_dict(), "recipe": asdict(RECIPE), "steps_per_record": EVERY}
-    write_text_whole(RESULTS, json.dumps(setting | {"ways": ordered}) + "\n")
+    atomic_write_text(RESULTS, json.dumps(setting | {"ways": ordered}) + "\n")
 
 
 def main() -> None:

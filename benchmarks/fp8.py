@@ -19,8 +19,8 @@ from torch import nn
 
 from minids.config import ModelConfig
 from minids.course.experiment import builtin_text, record, trial
-from minids.model.fp8_linear import in_fp8
-from minids.training.loop import Recipe
+from minids.fp8.linear import Fp8Linear
+from minids.training.pretrain import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,7 +49,7 @@ def speed(repeats: int, tokens: int = 8192, width: int = 4096) -> None:
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     layers = {
         "bf16": nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16),
-        "fp8": in_fp8(nn.Linear(width, width, bias=False, device="cuda")),
+        "fp8": Fp8Linear(nn.Linear(width, width, bias=False, device="cuda")),
     }
     print("fp8 runs as:", layers["fp8"].computes_in)
     gradient = torch.randn_like(x)

@@ -24,9 +24,10 @@ from minids.course.experiment import builtin_text
 from minids.data.batches import evaluation_batches
 from minids.inference.generate import Sampling, generate
 from minids.inference.speculative import Acceptance, generate_speculatively
-from minids.model.transformer import MiniDS, MTPModule
-from minids.training.loop import Recipe, TextData, Trainer
+from minids.model.mtp import MTPModule
+from minids.model.transformer import MiniDS
 from minids.training.loss import IGNORED, targets
+from minids.training.pretrain import Recipe, TextData, Trainer
 
 RESULTS = Path(__file__).parent / "results" / "mtp.json"
 CONFIG = ModelConfig.preset(
@@ -50,26 +51,26 @@ class PostNorm(MiniDS):
 class EmbeddingFirst(MTPModule):
     """The projection reads [embedding; hidden], the order of the released weights."""
 
-    def forward(self, hidden, embedding, step, cache=None):
+    def forward(self, hidden, embedding, context, cache=None):
         joined = torch.cat((self.embedding_norm(embedding), self.hidden_norm(hidden)), -1)
-        return self.block(self.proj(joined), step, cache)
+        return self.block(self.proj(joined), context, cache)
 
 
 class NoEmbedding(MTPModule):
     """Never told which token came next (PITFALLS, bug i): it knows what an independent, parallel head knows."""
 
-    def forward(self, hidden, embedding, step, cache=None):
-        return super().forward(hidden, torch.zeros_like(embedding), step, cache)
+    def forward(self, hidden, embedding, context, cache=None):
+        return super().forward(hidden, torch.zeros_like(embedding), context, cache)
 
 
 class NoMask(MTPModule):
     """In training every position sees the whole sequence, its own label included (PITFALLS, bug h)."""
 
-    def forward(self, hidden, embedding, step, cache=None):
-        if step.mask is None:
+    def forward(self, hidden, embedding, context, cache=None):
+        if context.mask is None:
             batch, seq, _ = hidden.shape
-            step = replace(step, mask=hidden.new_zeros(batch, 1, seq, seq))
-        return super().forward(hidden, embedding, step, cache)
+            context = replace(context, mask=hidden.new_zeros(batch, 1, seq, seq))
+        return super().forward(hidden, embedding, context, cache)
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ from minids.course.experiment import builtin_text
 from minids.data.batches import Batch, TokenizedCorpus, evaluation_batches
 from minids.data.tokenizer import load_tokenizer
 from minids.model.transformer import MiniDS
-from minids.run import Run, load_run, read_metrics, read_text
-from minids.training.loop import Recipe, TextData, Trainer
 from minids.training.loss import bits_per_byte
+from minids.training.pretrain import Recipe, TextData, Trainer
+from minids.training.pretraining_run import PretrainingRun, read_text
+from minids.training.run import load_run, read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
@@ -208,7 +209,7 @@ def with_scaling(model: MiniDS, scaling: YaRN | None) -> MiniDS:
 
 def recipe(directory: Path) -> dict:
     """A finished run and three compressors on the very text of its validation figure."""
-    run = Run.load(directory)
+    run = PretrainingRun.load(directory)
     data = read_text(run, load_tokenizer(directory))
     model, tokenizer = load_run(directory)
     r = run.recipe

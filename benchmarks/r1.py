@@ -22,7 +22,7 @@ from minids.reasoning.budget import answer_within, consensus
 from minids.reasoning.r1 import MAX_NEW_TOKENS, R1_WEIGHTS, STAGES, R1Recipe, R1Run, ledger_table
 from minids.reasoning.rewards import RuleReward
 from minids.reasoning.rollout import answer, mean_with_interval, summary
-from minids.run import read_metrics
+from minids.training.run import read_metrics
 
 RESULTS = Path(__file__).parent / "results" / "r1.json"
 THINKERS = ("base", "zero", "r1", "student_sft")

@@ -23,11 +23,11 @@ import torch
 
 from minids.course.experiment import record
 from minids.model.transformer import MiniDS
+from minids.reasoning.r1_zero import BASE_RECIPE, base_trainer, load_base, rule_reward
 from minids.reasoning.rewards import R1_ZERO_WEIGHTS, RuleReward
-from minids.reasoning.rl import RLRecipe, RLTrainer
 from minids.reasoning.rollout import Sample, answer
 from minids.reasoning.tasks import TASKS, TaskName, TraceTask
-from minids.reasoning.zero import BASE_RECIPE, base_trainer, load_base, rule_reward
+from minids.reasoning.trainer import RLRecipe, RLTrainer
 
 TASK = TraceTask()
 RESULTS = Path(__file__).parent / "results" / "r1_zero.json"

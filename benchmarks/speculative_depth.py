@@ -19,8 +19,8 @@ import torch
 from minids import bench
 from minids.config import ModelConfig
 from minids.model.transformer import MiniDS
-from minids.run import Run, read_text
-from minids.training.loop import Recipe, train
+from minids.training.pretrain import Recipe, train
+from minids.training.pretraining_run import PretrainingRun, read_text
 
 RESULTS = Path(__file__).parent / "results" / "speculative_depth.jsonl"
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     recipe = Recipe(steps=arguments.steps, learning_rate=4e-3, evaluate_every=arguments.steps)
-    text = read_text(Run(ModelConfig.preset("tiny"), recipe, ("pydocs", "stdlib")), "bpe:2048")
+    text = read_text(PretrainingRun(ModelConfig.preset("tiny"), recipe, ("pydocs", "stdlib")), "bpe:2048")
     for layers in arguments.layers:
         torch.manual_seed(0)
         config = ModelConfig.preset("tiny", num_hidden_layers=layers, vocab_size=text.tokenizer.vocab_size)

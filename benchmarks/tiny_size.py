@@ -25,7 +25,7 @@ from minids.data.corpus import read_documents, split_documents
 from minids.data.tokenizer import BPETokenizer, ByteTokenizer
 from minids.inference.generate import Sampling, generate
 from minids.model.transformer import MiniDS
-from minids.training.loop import Recipe, TextData, Trainer, train
+from minids.training.pretrain import Recipe, TextData, Trainer, train
 
 RESULTS = Path(__file__).parent / "results" / "tiny_size.jsonl"
 
@@ -67,8 +67,10 @@ def main() -> None:
     training, validation = split_documents(documents)
     for name in arguments.names:
         kind, config, recipe = candidate(name)
-        tokenizer = ByteTokenizer() if kind == "bytes" else BPETokenizer.train(
-            (d.text for d in training), int(kind.removeprefix("bpe"))
+        tokenizer = (
+            ByteTokenizer()
+            if kind == "bytes"
+            else BPETokenizer.train((d.text for d in training), int(kind.removeprefix("bpe")))
         )
         data = TextData(tokenize(training, tokenizer), tokenize(validation, tokenizer), tokenizer)
         torch.manual_seed(arguments.seed)

@@ -1,9 +1,9 @@
-"""minids: DeepSeek-V3 and R1, small enough to read and real enough to train."""
+"""minids: a small, complete and trainable implementation of DeepSeek-V3 and R1."""
 
 from minids.config import ModelConfig
 from minids.inference.generate import generate
 from minids.model.transformer import MiniDS
-from minids.training.loop import train
+from minids.training.pretrain import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["MiniDS", "ModelConfig", "__version__", "generate", "train"]

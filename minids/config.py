@@ -1,7 +1,7 @@
-"""The model's shape as one frozen dataclass with Hugging Face's field names, and the presets.
+"""Model configuration: one frozen dataclass with Hugging Face's field names, and the presets.
 
-Notable choices: every field is a number or a word that a DeepSeek `config.json` also uses, except the four marked
-"minids only"; a config is checked once, when it is made; the published models are presets like the small ones.
+Notable choices: every field has the name and the meaning of a field of DeepSeek's `config.json`, except the four
+marked "minids only"; a config is validated once, on construction; the published models are presets like the small ones.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-Share = Annotated[float, "above 0 and at most 1"]
+Fraction = Annotated[float, "above 0 and at most 1"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,17 @@ class YaRN:
     """Context extension of the rotary embedding (FACTS.md section 2.2; Hugging Face `rope_scaling`)."""
 
     factor: float = 40.0
+    """Ratio of the extended to the original context length; interpolated frequencies are divided by it."""
     original_max_position_embeddings: int = 4096
+    """Context length before the extension, in tokens."""
     beta_fast: float = 32.0
+    """Turns over the original context from which a frequency is kept unchanged."""
     beta_slow: float = 1.0
+    """Turns over the original context below which a frequency is divided by the factor."""
     mscale: float = 1.0
+    """Coefficient of the temperature by which the amplitude of the rotation is multiplied."""
     mscale_all_dim: float = 1.0
+    """Coefficient of the temperature of the softmax scale; the amplitude of the rotation is divided by it."""
 
     def __post_init__(self):
         check_fields(self, may_be_zero=("mscale", "mscale_all_dim"))
@@ -33,97 +39,129 @@ class YaRN:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that determines the shape and the arithmetic of a `MiniDS`; the defaults are DeepSeek-V3's.
+    """All settings that determine the shape and the arithmetic of a `MiniDS`; the defaults are DeepSeek-V3's.
 
-    Raises `ValueError` naming the field, its value and the rule when the numbers do not fit together.
+    Raises `ValueError` naming the field, its value and the rule if the values are not consistent.
     Source: FACTS.md section 1 (the released `config.json` files).
     """
 
-    # The trunk.
+    # Main model.
     vocab_size: int = 129280
+    """Number of tokens in the vocabulary; at least that of the tokenizer."""
     hidden_size: int = 7168
+    """Width of the residual stream, in channels; a multiple of 8."""
     intermediate_size: int = 18432
+    """Inner width of the feed-forward in the dense layers, in channels."""
     num_hidden_layers: int = 61
+    """Number of layers, without the MTP modules."""
     num_nextn_predict_layers: int = 1
+    """Number of MTP modules, each of which predicts one more token; 0 trains without multi-token prediction."""
     max_position_embeddings: int = 163840
+    """Context length, in tokens; the longest sequence in training and generation."""
     rms_norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm, against division by zero."""
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies; a larger base gives slower rotations, for longer contexts."""
     rope_scaling: YaRN | None = None
-    # Standard deviation of every initial weight; None scales each matrix by its fan-in (small models need it).
+    """YaRN context extension; None for none."""
     initializer_range: float | None = 0.006
+    """Standard deviation of the initial weights; None scales each matrix by its fan-in, as small models need."""
 
-    # Attention. "gqa" is the dense baseline (MHA and MQA are its extremes) and ignores the latent sizes. minids only.
+    # Attention.
     attention: Literal["mla", "gqa"] = "mla"
+    """mla, or gqa for the dense baseline (MHA and MQA are special cases), without latent sizes. minids only."""
     num_attention_heads: int = 128
+    """Number of query heads."""
     num_key_value_heads: int = 128
+    """Number of key and value heads of gqa: that of the query heads for MHA, 1 for MQA; unused by mla."""
     q_lora_rank: int | None = 1536
+    """Width of the query latent of mla, in channels; None projects queries directly, as V2-Lite does."""
     kv_lora_rank: int = 512
+    """Width of the key-value latent of mla, in channels; it is cached, so a smaller one saves memory."""
     qk_nope_head_dim: int = 128
+    """Width per head of the unrotated part of queries and keys (mla), in channels."""
     qk_rope_head_dim: int = 64
+    """Width of the rotated part of queries and keys (mla), in channels; even. All heads share one rotated key."""
     v_head_dim: int = 128
+    """Width of a value head, in channels; in gqa also that of a query and key head."""
 
-    # Mixture of experts. first_k_dense_replace = num_hidden_layers makes a dense model.
+    # Mixture of experts.
     first_k_dense_replace: int = 3
+    """Number of dense layers before the first MoE layer; the number of layers makes a dense model."""
     moe_intermediate_size: int = 2048
+    """Inner width of one expert, in channels; a multiple of 8."""
     n_routed_experts: int = 256
+    """Number of routed experts in an MoE layer."""
     n_shared_experts: int = 1
+    """Number of shared experts, which process every token; 0 for none."""
     num_experts_per_tok: int = 8
+    """Number of routed experts that process each token; the FLOPs per token grow with it."""
     n_group: int = 8
+    """Number of groups that the routed experts are divided into; V3 has one group per node."""
     topk_group: int = 4
+    """Number of groups that the experts of one token may come from; fewer limit communication between nodes."""
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Affinity of a token to the experts: sigmoid (V3) or softmax over all experts (V2)."""
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
+    """Selection of experts: noaux_tc with a balancing bias (V3), group_limited_greedy (V2), greedy (V2-Lite)."""
     norm_topk_prob: bool = True
+    """Divide the gate weights of a token by their sum, as V3 does; off for V2."""
     routed_scaling_factor: float = 2.5
+    """Factor of the gate weights of routed experts."""
 
-    # Load balance: V3's sequence-wise loss, then V2's three auxiliary losses (all minids only but the first).
+    # Load balance: V3's sequence-wise loss, then V2's three auxiliary losses.
     aux_loss_alpha: float = 0.0001
+    """Weight of V3's sequence-wise balance loss; 0 turns it off."""
     expert_balance_alpha: float = 0.0
+    """Weight of V2's expert-level balance loss; 0 turns it off. minids only."""
     device_balance_alpha: float = 0.0
+    """Weight of V2's device-level balance loss; 0 turns it off. minids only."""
     communication_balance_alpha: float = 0.0
+    """Weight of V2's communication balance loss; 0 turns it off. minids only."""
 
     def __post_init__(self):
         _check(self)
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of one query or key: the part without position plus the rotated part."""
+        """Width of one query or key head: the unrotated plus the rotated part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers of the trunk whose feed-forward is a mixture of experts."""
+        """Number of layers of the main model whose feed-forward is a mixture of experts."""
         return self.num_hidden_layers - self.first_k_dense_replace
 
     @property
     def selects_with_bias(self) -> bool:
-        """V3 balances with a selection bias; V2's methods have none."""
+        """Whether experts are selected with a balancing bias: true for V3's method, false for V2's."""
         return self.topk_method == "noaux_tc"
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with some fields changed, checked again."""
+        """Return a copy with some fields changed; it is validated again."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, exactly the fields of this class."""
+        """Return the fields of this class as plain JSON types."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
-        """The inverse of `to_dict`; an unknown field is a `ValueError`."""
+        """Invert `to_dict`. Raises `ValueError` for an unknown field."""
         if isinstance(rope := fields.get("rope_scaling"), dict):
             fields = fields | {"rope_scaling": _make(YaRN, "rope_scaling", rope)}
         return _make(cls, "config", fields)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ModelConfig":
-        """A named size: nano, tiny, small, medium, v2_lite, v2 or v3, with some fields changed if wanted."""
+        """Return a preset: nano, tiny, small, medium, v2_lite, v2 or v3, with `changes` to its fields."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
         return cls.from_dict(PRESETS[name] | changes)
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any]) -> "ModelConfig":
-        """Read a Hugging Face `config.json` of a DeepSeek-V2 or V3 model; other architectures are a `ValueError`."""
+        """Read a Hugging Face `config.json` of a DeepSeek-V2 or V3 model. Raises `ValueError` for other models."""
         model_type = fields.get("model_type")
         if model_type not in ("deepseek_v3", "deepseek_v2"):
             raise ValueError(f"model_type={model_type!r}: only deepseek_v3 and deepseek_v2 configs can be read")
@@ -138,7 +176,7 @@ class ModelConfig:
             defaults |= _HF_V2_DEFAULTS
         own = defaults | {name: value for name, value in fields.items() if name in known and value is not None}
         own["q_lora_rank"] = fields.get("q_lora_rank") or None
-        own["num_key_value_heads"] = fields["num_attention_heads"]  # MLA has no use for it; some configs say null
+        own["num_key_value_heads"] = fields["num_attention_heads"]  # unused by MLA, and null in some configs
         rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
         require(isinstance(rope, dict), "rope_scaling", rope, "must be an object")
         own["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", cls.rope_theta))
@@ -147,7 +185,7 @@ class ModelConfig:
         return cls(**own)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` of `DeepseekV3ForCausalLM`; `ValueError` if it cannot express this. None becomes 0.02."""
+        """Return the `config.json` of `DeepseekV3ForCausalLM`. Raises `ValueError` if it cannot express this config."""
         require(self.attention == "mla", "attention", self.attention, "Hugging Face's DeepSeek-V3 has MLA only")
         require(self.selects_with_bias, "topk_method", self.topk_method, "only noaux_tc routing can be exported")
         require(self.scoring_func == "sigmoid", "scoring_func", self.scoring_func, "only sigmoid can be exported")
@@ -157,18 +195,12 @@ class ModelConfig:
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
         if self.rope_scaling is not None:
             rope |= dataclasses.asdict(self.rope_scaling) | {"rope_type": "yarn"}
-        return fields | {
-            "architectures": ["DeepseekV3ForCausalLM"],
-            "model_type": "deepseek_v3",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "tie_word_embeddings": False,
-            "num_key_value_heads": self.num_attention_heads,
-            "initializer_range": self.initializer_range or 0.02,
-            "rope_interleave": True,
-            "rope_scaling": None if self.rope_scaling is None else rope,
-            "rope_parameters": rope,
-        }
+        return fields | dict(
+            architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", hidden_act="silu", attention_bias=False,
+            tie_word_embeddings=False, num_key_value_heads=self.num_attention_heads,
+            initializer_range=self.initializer_range or 0.02,  # None cannot be expressed; 0.02 is transformers' default
+            rope_interleave=True, rope_scaling=None if self.rope_scaling is None else rope, rope_parameters=rope,
+        )  # fmt: skip
 
 
 def require(holds: bool, field: str, value: Any, rule: str) -> None:
@@ -177,9 +209,10 @@ def require(holds: bool, field: str, value: Any, rule: str) -> None:
 
 
 def check_value(name: str, value: Any, kind: Any, may_be_zero: bool = False) -> None:
-    """Raise `ValueError` unless `value` is of the annotated `kind`; a number is finite and above 0, or `may_be_zero`.
+    """Raise `ValueError` unless `value` is of the annotated `kind`.
 
-    An `int` is whole, a `Share` at most 1, a `Literal` one of its words; what is `| None` may be None.
+    Numbers must be finite and above 0 (or 0 with `may_be_zero`), an `int` also whole, a `Fraction` also at most 1;
+    a `Literal` must be one of its values; a `kind | None` may be None.
     """
     parts = get_args(kind)
     if get_origin(kind) is Literal:
@@ -189,17 +222,17 @@ def check_value(name: str, value: Any, kind: Any, may_be_zero: bool = False) -> 
             check_value(name, value, parts[0])
     elif kind in _NUMBERS:
         number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        fits = number and (0 < value < math.inf or may_be_zero and value == 0) and not (kind is Share and value > 1)
+        fits = number and (0 < value < math.inf or may_be_zero and value == 0) and not (kind is Fraction and value > 1)
         require(fits, name, value, f"must be {_NUMBERS[kind]}{', or 0' if may_be_zero else ''}")
     elif isinstance(kind, type):
         require(isinstance(value, kind), name, value, f"must be a {kind.__name__}")
 
 
-_NUMBERS = {int: "a whole number, at least 1", float: "a finite number above 0", Share: "above 0 and at most 1"}
+_NUMBERS = {int: "a whole number, at least 1", float: "a finite number above 0", Fraction: "above 0 and at most 1"}
 
 
 def check_fields(config: Any, may_be_zero: Container[str] = ()) -> None:
-    """`check_value` of every field of a dataclass."""
+    """Apply `check_value` to every field of a dataclass."""
     for field in dataclasses.fields(config):
         check_value(field.name, getattr(config, field.name), field.type, field.name in may_be_zero)
 
@@ -214,14 +247,22 @@ def _check(c: ModelConfig) -> None:
     rules = [
         (c.rope_theta > 1, "rope_theta", "must exceed 1"),
         (heads % c.num_key_value_heads == 0, "num_key_value_heads", f"must divide num_attention_heads={heads}"),
-        (getattr(c, rotated) % 2 == 0, rotated, "must be even: rotation needs pairs"),
+        (getattr(c, rotated) % 2 == 0, rotated, "must be even, because RoPE rotates pairs of channels"),
         (c.first_k_dense_replace <= layers, "first_k_dense_replace", f"must not exceed num_hidden_layers={layers}"),
         (experts % groups == 0, "n_group", f"must divide n_routed_experts={experts}"),
         (kept <= groups, "topk_group", f"must not exceed n_group={groups}"),
-        (c.num_experts_per_tok <= reachable, "num_experts_per_tok", f"must not exceed the {reachable} experts kept"),
-        (not scored_by_two or experts >= 2 * groups, "n_group", "scored by two experts, a group needs at least 2"),
+        (
+            c.num_experts_per_tok <= reachable,
+            "num_experts_per_tok",
+            f"must not exceed the {reachable} experts kept",
+        ),
+        (
+            not scored_by_two or experts >= 2 * groups,
+            "n_group",
+            "must leave at least 2 experts per group",
+        ),
         (c.topk_method != "greedy" or groups == kept, "topk_method", "greedy needs topk_group = n_group"),
-        # A float32 grouped matmul wants every row to start at a multiple of 16 bytes.
+        # A float32 grouped matmul needs every row to start at a multiple of 16 bytes.
         (c.hidden_size % 8 == 0, "hidden_size", "must be a multiple of 8"),
         (c.moe_intermediate_size % 8 == 0, "moe_intermediate_size", "must be a multiple of 8"),
     ]
@@ -231,34 +272,19 @@ def _check(c: ModelConfig) -> None:
 
 _BALANCE_ONLY = ("expert_balance_alpha", "device_balance_alpha", "communication_balance_alpha")
 _MAY_BE_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "aux_loss_alpha")
-_HF_REQUIRED = {"vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"} | {
-    "num_attention_heads",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "n_routed_experts",
+_HF_REQUIRED = {
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
     "num_experts_per_tok",
-}
-
-
-# What a DeepSeek config may say but never says otherwise, and what an absent field of a V2 config means.
-_HF_FIXED = {
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "moe_layer_freq": 1,
-    "rope_interleave": True,
-}
-_HF_V2_DEFAULTS = {
-    "scoring_func": "softmax",
-    "norm_topk_prob": False,
-    "topk_method": "greedy",
-    "n_group": 1,
-    "topk_group": 1,
-    "routed_scaling_factor": 1.0,
-    "first_k_dense_replace": 0,
-}
+}  # fmt: skip
+# Fields of DeepSeek's configs that have the same value in all of them, and the defaults of absent fields in V2's.
+_HF_FIXED = dict(
+    tie_word_embeddings=False, attention_bias=False, hidden_act="silu", moe_layer_freq=1, rope_interleave=True
+)  # fmt: skip
+_HF_V2_DEFAULTS = dict(
+    scoring_func="softmax", norm_topk_prob=False, topk_method="greedy", n_group=1, topk_group=1,
+    routed_scaling_factor=1.0, first_k_dense_replace=0,
+)  # fmt: skip
 
 
 def _make(cls: type, what: str, fields: dict[str, Any]) -> Any:
@@ -270,7 +296,7 @@ def _make(cls: type, what: str, fields: dict[str, Any]) -> Any:
 
 
 def _yarn_from_hf(rope: dict[str, Any]) -> YaRN | None:
-    """Hugging Face's `rope_scaling`; where it names no mscale_all_dim, the softmax scale is left alone."""
+    """Read Hugging Face's `rope_scaling`; without mscale_all_dim the softmax scale stays unchanged."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -282,7 +308,7 @@ def _yarn_from_hf(rope: dict[str, Any]) -> YaRN | None:
 
 
 def _latent(hidden: int, layers: int, heads: int, q_rank: int, kv_rank: int, head: int, rope: int) -> dict[str, Any]:
-    """The trunk of a small V3-like model: value heads as wide as the unrotated part of the keys, one dense layer."""
+    """Fields of a small V3-like model: MLA with value heads as wide as unrotated keys, and one dense layer."""
     return dict(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
         q_lora_rank=q_rank, kv_lora_rank=kv_rank, qk_nope_head_dim=head, qk_rope_head_dim=rope, v_head_dim=head,

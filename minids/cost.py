@@ -1,22 +1,20 @@
-"""What a model costs: parameters, FLOPs, cache, GPU-hours, dollars, memory, links; and a report that compares models.
+"""Costs of a model: parameters, FLOPs, KV cache, GPU-hours, dollars, memory, communication time.
 
 Notable choices:
-- a function is one formula: its unit stands in its name or docstring, its source in the heading of its section;
-- `formula` reads off the annotations what may go in: a negative, zero or impossible number is a one-line `ValueError`;
-- a dense model of the Llama or Qwen kind is a `ModelConfig` too, so every formula holds for both kinds;
+- each function is one formula; its unit is in its name or docstring, its source in the heading of its section;
+- `formula` validates inputs by their annotations: a negative, zero or impossible value raises a one-line `ValueError`;
+- a dense model of the Llama or Qwen kind is a `ModelConfig` too, so every formula applies to both kinds;
 - a multiply-add is 2 FLOPs; K, M, G, T are powers of ten; a year has 365 days.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
-from json import dumps, loads
+from json import loads
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
-
-from minids.config import PRESETS, ModelConfig, Share, check_value, require
+from minids.config import PRESETS, Fraction, ModelConfig, check_value, require
 
 Schedule = Literal["one_f_one_b", "zb1p", "dualpipe"]
 
@@ -26,7 +24,7 @@ R1_GPU_HOURS = {"R1-Zero": 101e3, "SFT data": 5e3, "R1": 41e3}  # on H800; R1, a
 
 
 def formula(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the inputs: `float` is finite and above 0, `int` also whole, `Share` also at most 1, `Literal` a choice."""
+    """Validate inputs: `float` finite and above 0, `int` also whole, `Fraction` also at most 1, `Literal` a choice."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -42,7 +40,7 @@ def formula(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attention_parameters(config: ModelConfig) -> int:
-    """The matrices of one layer."""
+    """Parameters of one layer's attention, without norms."""
     d, heads, value_dim = config.hidden_size, config.num_attention_heads, config.v_head_dim
     if config.attention == "gqa":
         return 2 * d * (heads + config.num_key_value_heads) * value_dim
@@ -53,12 +51,12 @@ def attention_parameters(config: ModelConfig) -> int:
 
 
 def expert_parameters(config: ModelConfig) -> int:
-    """One expert, routed or shared."""
+    """Parameters of one expert, routed or shared."""
     return 3 * config.hidden_size * config.moe_intermediate_size
 
 
 def parameters(config: ModelConfig, *, active: bool = False) -> dict[str, int]:
-    """The main model by part; `active` counts of the routed experts only those that one token uses."""
+    """Parameters of the main model by part; with `active`, only the routed experts that one token uses are counted."""
     d, layers, moe_layers = config.hidden_size, config.num_hidden_layers, config.num_moe_layers
     experts = config.num_experts_per_tok if active else config.n_routed_experts
     latents = (config.q_lora_rank or 0) + config.kv_lora_rank if config.attention == "mla" else 0
@@ -76,18 +74,18 @@ def parameters(config: ModelConfig, *, active: bool = False) -> dict[str, int]:
 
 
 def num_parameters(config: ModelConfig, *, active: bool = False) -> int:
-    """The main model, embedding and head counted, without the prediction modules."""
+    """Parameters of the main model, with embedding and head, without MTP modules."""
     return sum(parameters(config, active=active).values())
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """The active weights that a token is multiplied by; its row of the embedding is only looked up."""
+    """Active parameters in matrix products of one token; the embedding is a lookup and not counted."""
     part = parameters(config, active=True)
     return sum(part.values()) - part["embedding"] - part["norms"] - part["balance_bias"]
 
 
 def mtp_parameters(config: ModelConfig) -> int:
-    """What the prediction modules own: each one more layer, a projection of two streams to one, and three norms."""
+    """Parameters of the MTP modules: each has one layer, a projection from 2 * hidden_size, and three norms."""
     d, dense_layers = config.hidden_size, config.first_k_dense_replace + (config.num_moe_layers == 0)
     deeper = config.replace(num_hidden_layers=config.num_hidden_layers + 1, first_k_dense_replace=dense_layers)
     layer = num_parameters(deeper) - num_parameters(config)
@@ -98,7 +96,7 @@ def mtp_parameters(config: ModelConfig) -> int:
 
 
 def attention_flops_per_key(config: ModelConfig, *, absorbed: bool = False) -> int:
-    """What one more key costs a query in one layer: its scores and its share of the sums over values, all heads."""
+    """FLOPs per query and key in one layer, all heads: the score, and the term of the weighted sum of values."""
     if config.attention == "gqa":
         widths = 2 * config.v_head_dim
     elif absorbed:
@@ -110,25 +108,31 @@ def attention_flops_per_key(config: ModelConfig, *, absorbed: bool = False) -> i
 
 @formula
 def prefill_flops_per_token(config: ModelConfig, seq_len: float, *, causal: bool = True) -> float:
-    """Mean over a sequence, logits everywhere. A causal query sees half of it; `causal=False` counts the rest too."""
+    """Mean FLOPs per token of a forward pass with logits at all positions.
+
+    A causal query attends to half of the sequence on average; `causal=False` counts all of it.
+    """
     keys = seq_len / 2 if causal else seq_len
     return 2 * matmul_parameters(config) + config.num_hidden_layers * attention_flops_per_key(config) * keys
 
 
 @formula
 def decode_flops_per_token(config: ModelConfig, keys: float) -> float:
-    """One token that sees `keys` cached ones. MLA is absorbed: each token costs as much as expanded, each key more."""
+    """FLOPs of one token that attends to `keys` cached tokens.
+
+    MLA is in the absorbed form: the same FLOPs per token as expanded, more per key.
+    """
     attention = config.num_hidden_layers * attention_flops_per_key(config, absorbed=True) * keys
     return 2 * matmul_parameters(config) + attention
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: float, *, causal: bool = True) -> float:
-    """A forward and a backward pass of the main model; the backward pass costs two forward ones."""
+    """FLOPs per token of a forward and a backward pass of the main model; backward counts as two forward passes."""
     return 3 * prefill_flops_per_token(config, seq_len, causal=causal)
 
 
 def kv_values_per_layer(config: ModelConfig) -> int:
-    """Numbers cached per token and layer (V2 Table 1). MHA is GQA with a key for each head, MQA with one for all."""
+    """Values cached per token and layer (V2 Table 1). MHA is GQA with one key per head, MQA with one key for all."""
     if config.attention == "gqa":
         return 2 * config.num_key_value_heads * config.v_head_dim
     return config.kv_lora_rank + config.qk_rope_head_dim
@@ -136,7 +140,7 @@ def kv_values_per_layer(config: ModelConfig) -> int:
 
 @formula
 def kv_bytes_per_token(config: ModelConfig, bits: float = 16) -> float:
-    """Cached by all layers of the main model, at `bits` per number."""
+    """KV cache of all layers of the main model in bytes per token, at `bits` per value."""
     return config.num_hidden_layers * kv_values_per_layer(config) * bits / 8
 
 
@@ -145,12 +149,13 @@ def kv_bytes_per_token(config: ModelConfig, bits: float = 16) -> float:
 
 @formula
 def tokens_per_day(tokens_per_step: float, seconds_per_step: float) -> float:
+    """Tokens that a training run processes in 24 hours."""
     return tokens_per_step / seconds_per_step * 86400
 
 
 @formula
 def mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float = H800_PEAK_FLOPS) -> float:
-    """Model FLOPs utilisation of one GPU that trains `tokens_per_second`; `peak_flops` per second."""
+    """Model FLOPs utilisation of one GPU at `tokens_per_second`; `peak_flops` is per second."""
     share = tokens_per_second * flops_per_token / peak_flops
     require(share <= 1, "mfu", share, "no GPU exceeds its peak")
     return share
@@ -158,32 +163,33 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float = H8
 
 @formula
 def gpu_hours_by_throughput(tokens: float, tokens_per_second: float) -> float:
-    """GPU-hours to train on `tokens` where one GPU trains `tokens_per_second`."""
+    """GPU-hours to train on `tokens` at `tokens_per_second` per GPU."""
     return tokens / tokens_per_second / 3600
 
 
 @formula
-def gpu_hours_by_mfu(total_flops: float, utilisation: Share, peak_flops: float = H800_PEAK_FLOPS) -> float:
-    """GPU-hours for `total_flops` (tokens times FLOPs per token) at that share of `peak_flops` per second."""
+def gpu_hours_by_mfu(total_flops: float, utilisation: Fraction, peak_flops: float = H800_PEAK_FLOPS) -> float:
+    """GPU-hours for `total_flops` (tokens * FLOPs per token) at `utilisation` of `peak_flops` per second."""
     return total_flops / (utilisation * peak_flops) / 3600
 
 
 @formula
 def rent_usd(gpu_hours: float, usd_per_gpu_hour: float = 2) -> float:
+    """Rental cost in US dollars."""
     return gpu_hours * usd_per_gpu_hour
 
 
 @formula
 def owned_usd_per_gpu_hour(
-    capital_usd: float, years: float, kilowatts: float, usd_per_kilowatt_hour: float, utilisation: Share
+    capital_usd: float, years: float, kilowatts: float, usd_per_kilowatt_hour: float, utilisation: Fraction
 ) -> float:
-    """An hour of use of one's own GPU: capital written off evenly, and power, which it draws idle or not."""
+    """Cost of an hour of use of an owned GPU in US dollars: linear depreciation, and power, drawn also when idle."""
     return (capital_usd / (years * 365 * 24) + kilowatts * usd_per_kilowatt_hour) / utilisation
 
 
 @formula
 def margin(revenue_usd: float, cost_usd: float) -> float:
-    """Profit as a share of the cost."""
+    """Profit divided by cost."""
     return revenue_usd / cost_usd - 1
 
 
@@ -194,9 +200,10 @@ def margin(revenue_usd: float, cost_usd: float) -> float:
 def zero_bytes_per_gpu(
     count: float, gpus: int, stage: Literal[0, 1, 2, 3], weight: float = 2, gradient: float = 4, optimizer: float = 8
 ) -> dict[str, float]:
-    """Bytes on each of `gpus` for `count` parameters; ZeRO stage 1 shards the optimizer's, 2 also gradients, 3 weights.
+    """Bytes per GPU of `count` parameters. ZeRO stage 1 shards optimizer states, 2 also gradients, 3 also weights.
 
-    Per parameter: 2 in BF16, 4 for the FP32 gradient, and as in V3 4 for an FP32 master weight and 4 for BF16 moments.
+    The defaults are bytes per parameter: BF16 weight 2, FP32 gradient 4, and as in V3 FP32 master weight 4 plus BF16
+    moments 4.
     """
     bytes_and_stage = {"weights": (weight, 3), "gradients": (gradient, 2), "optimizer": (optimizer, 1)}
     return {k: count * size / (gpus if stage >= first else 1) for k, (size, first) in bytes_and_stage.items()}
@@ -211,26 +218,27 @@ BUBBLES: dict[Schedule, Callable[..., float]] = {  # V3 Table 2
 
 @formula
 def pipeline_bubble(schedule: Schedule, stages: int, F: float = 1, B: float = 2, W: float = 1, FB: float = 3) -> float:
-    """Idle time of a rank in each step, in the unit of the times given (V3 Table 2; DualPipeV's is DualPipe's).
+    """Idle time per rank and step, in the unit of the given times (V3 Table 2; DualPipeV has DualPipe's).
 
-    Forward F, full backward B, of which W for the weights' gradients, and FB, an overlapped forward and backward.
+    F: time of a forward; B: of a full backward; W: its part for weight gradients; FB: of an overlapped forward and
+    backward.
     """
-    require(W < B, "W", W, f"must be less than the backward B={B} that it is a part of")
+    require(W < B, "W", W, f"must be less than the backward B={B}, which includes it")
     require(schedule != "dualpipe" or stages % 2 == 0, "stages", stages, "must be even for dualpipe")
     bubble = BUBBLES[schedule](stages, F, B, W, FB)
-    require(bubble >= 0, "W", W, "is so long that the bubble would be negative")
+    require(bubble >= 0, "W", W, "must be smaller: the bubble would be negative")
     return bubble
 
 
 @formula
 def expert_link_seconds(tokens: float, copies: float, bytes_per_copy: float, bytes_per_second: float) -> float:
-    """One layer's dispatch and combine of `tokens`; out in FP8 and back in BF16, a copy is 3 bytes per channel."""
+    """Seconds of one layer's dispatch and combine of `tokens`; FP8 dispatch and BF16 combine: 3 bytes per channel."""
     return tokens * copies * bytes_per_copy / bytes_per_second
 
 
 @formula
 def decode_bound(link_seconds: float, layers: int) -> float:
-    """Tokens per second of a user at most, where two micro-batches take turns on the links (ISCA section 2.3.2)."""
+    """Upper bound of tokens per second and user, if two micro-batches alternate on the links (ISCA section 2.3.2)."""
     return 1 / (2 * link_seconds * layers)
 
 
@@ -241,16 +249,16 @@ DENSE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
 
 
 def dense_config(fields: dict[str, Any]) -> ModelConfig:
-    """What determines the cost in a `config.json` of DENSE_TYPES; biases (0.001 % of Qwen2.5-72B) are left out.
+    """Read the `config.json` of a dense model of DENSE_TYPES; biases (0.001 % of Qwen2.5-72B) are ignored.
 
-    Tied embeddings, attention to a sliding window and a missing field are a `ValueError`.
+    Raises `ValueError` for tied embeddings, sliding-window attention and missing fields.
     """
     shape = {name: fields.get(name) for name in DENSE_FIELDS}
     for name, value in shape.items():
         require(type(value) is int and value > 0, name, value, "must be a whole number, at least 1")
-    require(not fields.get("tie_word_embeddings"), "tie_word_embeddings", True, "only separate ones can be read")
+    require(not fields.get("tie_word_embeddings"), "tie_word_embeddings", True, "tied embeddings are not supported")
     window = fields.get("use_sliding_window", True) and fields.get("sliding_window")
-    require(not window, "sliding_window", window, "only attention to the whole context can be read")
+    require(not window, "sliding_window", window, "sliding-window attention is not supported")
     shape["num_key_value_heads"] = fields.get("num_key_value_heads") or shape["num_attention_heads"]
     shape["v_head_dim"] = fields.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
     shape["first_k_dense_replace"] = shape["num_hidden_layers"]
@@ -258,28 +266,33 @@ def dense_config(fields: dict[str, Any]) -> ModelConfig:
 
 
 def read_config(name: str) -> ModelConfig:
-    """A preset, or a `config.json` of DeepSeek-V2, V3 or a dense model; anything else is a `ValueError`."""
+    """Read a preset, or the `config.json` (or its folder) of a DeepSeek-V2, V3 or dense model.
+
+    Raises `ValueError` for anything else.
+    """
     if name in PRESETS:
         return ModelConfig.preset(name)
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     try:
-        fields = loads(Path(name).read_bytes())
+        fields = loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{name!r}: neither a preset ({', '.join(PRESETS)}) nor a config.json: {error}") from None
-    require(isinstance(fields, dict), "config", name, "must hold an object")
+    require(isinstance(fields, dict), "config", name, "must hold a JSON object")
     kind, kinds = fields.get("model_type"), ("deepseek_v2", "deepseek_v3", *DENSE_TYPES)
     require(kind in kinds, "model_type", kind, f"must be one of {', '.join(kinds)}")
     return dense_config(fields) if kind in DENSE_TYPES else ModelConfig.from_hf(fields)
 
 
 @formula
-def figures(config: ModelConfig, context: int = 4096, utilisation: Share = 0.39, usd: float = 2) -> dict[str, float]:
-    """What the report says of a model, with the units in the names; 39 % is what V3 reached."""
+def figures(config: ModelConfig, context: int = 4096, utilisation: Fraction = 0.39, usd: float = 2) -> dict[str, float]:
+    """All figures of `minids cost`, with units in the names; `utilisation` is the MFU, 39 % in V3."""
     as_mha = config.replace(attention="gqa", num_key_value_heads=config.num_attention_heads)
     training_flops = training_flops_per_token(config, context)
     gpu_hours = gpu_hours_by_mfu(1e12 * training_flops, utilisation)
     return {f"{part}_parameters": count for part, count in parameters(config).items()} | {
         "total_parameters": num_parameters(config),
         "active_parameters": num_parameters(config, active=True),
+        "multiplied_parameters": matmul_parameters(config),
         "mtp_parameters": mtp_parameters(config),
         "training_bytes_unsharded": sum(zero_bytes_per_gpu(num_parameters(config), 1, 0).values()),
         "kv_bytes_per_token": kv_bytes_per_token(config),
@@ -292,22 +305,3 @@ def figures(config: ModelConfig, context: int = 4096, utilisation: Share = 0.39,
         "usd_per_gpu_hour": usd,
         "usd_per_trillion_tokens": rent_usd(gpu_hours, usd),
     }
-
-
-def cost_report(*configs: Positional[str], compare: tuple[str, ...] = (), json: bool = False) -> None:
-    """Print what models cost, side by side.
-
-    Args:
-        configs: Presets, or paths of a config.json (DeepSeek, Llama, Mistral, Qwen2); by default v3.
-        compare: More of them.
-        json: Print the figures as JSON.
-    """
-    models = {name: figures(read_config(name)) for name in (*(configs or ["v3"]), *compare)}
-    if json:
-        print(dumps(models, indent=1))
-        return
-    width = max(len(name) for name in (*models, "1,000,000,000,000"))
-    print(" " * 30 + "".join(f"{name:>{width + 2}}" for name in models))
-    for key in figures(ModelConfig()):
-        cells = (f"{value:,.0f}" if value > 10 else f"{value:.3g}" for value in (m[key] for m in models.values()))
-        print(f"{key.replace('_', ' '):30}" + "".join(f"{cell:>{width + 2}}" for cell in cells))

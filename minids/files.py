@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Atomic writing of files and folders."""
 
 import os
 import shutil
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 @contextmanager
-def written_whole(directory: Path) -> Iterator[Path]:
-    """A new folder beside `directory`: takes its place once the block has succeeded, and is gone if the block failed.
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """Yield a new folder beside `directory` that replaces it after the block, or is deleted if the block raises.
 
-    What stood in that place goes only when the new folder is on disk. A crash in the instant between the two renames
-    leaves it, complete, as a hidden folder ending in `.old`. What a killed process had begun is removed.
+    The old folder is deleted only when the new one is on disk. A crash between the two renames leaves the old one,
+    complete, as a hidden folder ending in `.old`. Unfinished folders of killed processes are removed.
     """
     directory = directory.resolve()
     for abandoned in directory.parent.glob(f".{directory.name}.*.new"):
@@ -45,15 +45,15 @@ def written_whole(directory: Path) -> Iterator[Path]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises `OSError` where the disk refuses."""
+    """Write a safetensors file. Raises `OSError` if writing fails."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
         raise OSError(f"{path.name} was not written: {error}") from None
 
 
-def write_text_whole(path: Path, text: str) -> None:
-    """Replace a text file; a crash leaves the old one or the new one."""
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replace a text file; a crash leaves either the old or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -64,7 +64,7 @@ def write_text_whole(path: Path, text: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have a file, or a folder's list of names, on disk and not only in the system's memory."""
+    """Flush a file, or a folder's entries, from the operating system's cache to the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

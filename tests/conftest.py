@@ -1,6 +1,7 @@
 """Every test runs with shapes checked: jaxtyping reads the annotations of minids, beartype enforces them."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-ROOMS = ("model", "data", "training", "inference", "interop", "reasoning")  # config checks its fields in its own words
+ROOMS = ("model", "fp8", "data", "training", "inference", "interop", "reasoning")
+# not config, which checks its fields in its own words
 install_import_hook([f"minids.{room}" for room in ROOMS], "shapes.check")
 
 
@@ -17,3 +19,30 @@ def _same_start():
     """Every test starts from the same random state and one thread, whatever ran before it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+TESTS = Path(__file__).parent
+SLOW = (
+    "browser/",
+    "course/test_expert_moves.py",
+    "course/test_grade.py",
+    "course/test_labelled_figures.py",
+    "course/test_turns.py",
+    "e2e/",
+    "inference/test_speculative.py",
+    "parallel/test_expert_parallel",
+    "parallel/test_layout.py",
+    "parallel/test_pipeline",
+    "parallel/test_trainer.py",
+    "reasoning/test_r1",
+    "sandbox/",
+    "test_documented_commands.py",
+    "test_readme.py",
+)
+"""Tests that start processes or train for longer: `pytest -m "not slow"` leaves them out."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.is_relative_to(TESTS) and item.path.relative_to(TESTS).as_posix().startswith(SLOW):
+            item.add_marker("slow")

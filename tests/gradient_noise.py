@@ -16,7 +16,8 @@ def install(seed: int) -> torch.utils.hooks.RemovableHandle:
     def disturb(optimizer: torch.optim.Optimizer, arguments: tuple, options: dict) -> None:
         for group in optimizer.param_groups:
             for gradient in (p.grad for p in group["params"] if p.grad is not None):
-                direction = torch.rand(gradient.shape, generator=generator).to(gradient) - 0.5
-                gradient.copy_(gradient.nextafter(direction.sign() * torch.inf))
+                up = torch.rand(gradient.shape, generator=generator) < 0.5
+                towards = torch.where(up, torch.inf, -torch.inf).to(gradient)
+                gradient.copy_(gradient.nextafter(towards))
 
     return register_optimizer_step_pre_hook(disturb)

@@ -1,4 +1,4 @@
-"""Installed in every kernel that the tests start: a cell fails if it shows a figure whose axes do not say what they hold.
+"""In every kernel that the tests start a cell fails if it shows a figure whose axes do not say what they hold.
 
 Names along an axis speak for themselves; numbers need a label, of the axis or of the whole figure.
 """

@@ -5,35 +5,18 @@
 
 import ast
 import functools
-import importlib.util
 import re
-import shlex
-import sys
 from pathlib import Path
 from pkgutil import resolve_name
 from urllib.parse import unquote
 
-import nbformat
 import pytest
+from documents import CONTRIBUTING, README, ROOT, cells, links, names, read, rows, without_code
 
-ROOT = Path(__file__).resolve().parent.parent
-README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 INDEX, ERRATA, FACTS = (ROOT / "docs" / name for name in ("INDEX.md", "ERRATA.md", "FACTS.md"))
 DOCUMENTS = [README, CONTRIBUTING, ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = "<!-- made from the table above by `python tests/test_docs.py` -->\n"
 NOTHING = "–"
-
-
-@functools.cache
-def cells(path):
-    return nbformat.v4.reads(path.read_text(encoding="utf-8")).cells  # not validated: tests/course does that
-
-
-def read(path):
-    """The Markdown of a document, or of all Markdown cells of a notebook."""
-    if path.suffix != ".ipynb":
-        return path.read_text(encoding="utf-8")
-    return "\n\n".join(cell.source for cell in cells(path) if cell.cell_type == "markdown")
 
 
 def is_run(path):
@@ -45,29 +28,7 @@ OTHERS = [path for folder in ("exercises", "solutions") for path in sorted((ROOT
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
 
-def rows(markdown, columns):
-    """The rows of the tables that have this many columns, without the headings."""
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    rules = {i for i, row in enumerate(table) if set("".join(row)) <= set("-: ")}
-    return [row for i, row in enumerate(table) if len(row) == columns and not {i, i + 1} & rules]
-
-
-def names(cell):
-    """What a cell of a table names as code."""
-    return re.findall(r"`([^`]+)`", cell)
-
-
 # Links -------------------------------------------------------------------------------------------------------------
-
-
-def without_code(markdown):
-    return re.sub(r"^```.*?^```", "", markdown, flags=re.DOTALL | re.MULTILINE)
-
-
-def links(markdown):
-    """Targets of links and images, but for those in code."""
-    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", without_code(markdown)))
 
 
 def anchors(markdown):
@@ -104,7 +65,9 @@ def test_every_link_leads_somewhere(path):
 
 
 def test_a_broken_link_is_found():
-    page = "# The `head`: a\n[](#the-head-a) [](#head) [](LICENSE) [](NONE.md) [](docs/FACTS.md#no) `[](NO)` [](https://x)"
+    page = (
+        "# The `head`: a\n[](#the-head-a) [](#head) [](LICENSE) [](NONE.md) [](docs/FACTS.md#no) `[](NO)` [](https://x)"
+    )
     assert broken(ROOT / "x.md", page) == ["#head", "NONE.md", "docs/FACTS.md#no"]
     assert broken(ROOT / "x.md", page, {ROOT / "NONE.md"}) == ["#head", "docs/FACTS.md#no"]
     assert anchors("# A\n## A\n# a\n# [B c](d) & e\n```\n# no\n```\n") == {"a", "a-1", "a-2", "b-c--e"}
@@ -127,6 +90,7 @@ def test_the_readme_lists_twelve_chapters_and_links_those_that_are_written():
     assert [re.search(r"\d\d", row[0])[0] for row in table] == [f"{number:02}" for number in range(12)]
     written = [[f"[{p.stem.replace('_', ' ', 1)}](chapters/{p.name})", minutes(p)] for p in CHAPTERS]
     assert [[title, stated] for title, _, stated, _ in table if stated != "coming"] == written
+    assert not [name for *_, files in table for name in names(files) if not (ROOT / "minids" / name).exists()]
 
 
 @each_chapter
@@ -242,7 +206,7 @@ def test_a_row_of_the_index_names_what_exists(row):
 
 def test_what_does_not_exist_is_noticed():
     here = "tests/test_docs.py"
-    there = "tests/model/test_pitfalls.py::test_check_passes_and_catches_the_planted_mistake"
+    there = "tests/model/test_pitfalls_cache.py::test_check_passes_and_catches_the_planted_mistake"
     assert is_a_test(f"{here}::test_what_does_not_exist_is_noticed") and is_a_test(f"{there}[08-square mask]")
     assert not is_a_test(f"{there}[08-round mask]") and not is_a_test(f"{here}::test_none") and not is_a_test(here)
     assert not is_a_test("tests/none.py::test_a") and not is_a_test("chapters/none.ipynb")
@@ -285,7 +249,7 @@ def test_the_index_by_code_is_made_from_the_index_by_paper():
     assert read(INDEX).partition(GENERATED)[2] == by_code(), "run: python tests/test_docs.py"
 
 
-# Errata, map and commands ------------------------------------------------------------------------------------------
+# Errata, map and site ------------------------------------------------------------------------------------------------
 
 
 def test_every_erratum_says_what_minids_does_and_which_test_holds_it():
@@ -297,47 +261,14 @@ def test_every_erratum_says_what_minids_does_and_which_test_holds_it():
     assert sum(tests == NOTHING for *_, tests in errata) <= 3
 
 
-def test_the_map_of_the_package_names_files_that_exist_and_every_room():
-    room, mapped = "", set()
+def test_the_map_of_the_package_names_every_subpackage_and_files_that_exist():
+    subpackage, mapped = "", set()
     for place, files, _ in rows(read(README).partition("## The package")[2], columns=3):
-        room = names(place)[0] if place else room
-        mapped |= {room + file for file in names(files)}
+        subpackage = names(place)[0] if place else subpackage
+        mapped |= {subpackage + file for file in names(files)}
     assert not {name for name in mapped if not (ROOT / "minids" / name).exists()}
-    rooms = {f"{path.parent.name}/" for path in (ROOT / "minids").glob("*/__init__.py")}
-    assert rooms == {name[: name.index("/") + 1] for name in mapped if "/" in name}
-
-
-def commands(markdown):
-    """Lines of code blocks, and code in sentences, that start Python: `python -m X ...`, `python3 course.py X ...`."""
-    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
-    lines = [*blocks.splitlines(), *re.findall(r"`([^`\n]+)`", without_code(markdown))]
-    return [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"python3? (-m )?\w", line)]
-
-
-NAMED = sorted({tuple(command) for path in (README, CONTRIBUTING) for command in commands(read(path))})
-
-
-@pytest.mark.parametrize("command", NAMED, ids=" ".join)
-def test_a_command_that_is_named_can_be_run(command, monkeypatch):
-    program, *options = command
-    if command[:2] == ("-m", "minids"):
-        from minids.__main__ import _parse
-
-        monkeypatch.setattr(sys, "argv", ["minids", *command[2:]])
-        assert callable(_parse())  # raises ValueError where an option or its value is not understood
-    elif program == "-m":
-        assert importlib.util.find_spec(options[0]) is not None
-    elif program == "course.py":
-        told = ast.get_docstring(ast.parse((ROOT / program).read_text(encoding="utf-8")))
-        assert re.search(rf"^ +python3 {' '.join(command)}( \[options\])?  ", told, re.MULTILINE)
-    else:
-        assert (ROOT / program).is_file()
-
-
-def test_commands_are_found_where_they_stand():
-    text = "```\npython -m a b \\\n  --c  # d\nls\n```\nsay `python3 course.py e`, `python`\n"
-    assert commands(text) == [["-m", "a", "b", "--c"], ["course.py", "e"]]
-    assert len(NAMED) >= 15
+    subpackages = {f"{path.parent.name}/" for path in (ROOT / "minids").glob("*/__init__.py")}
+    assert subpackages == {name[: name.index("/") + 1] for name in mapped if "/" in name}
 
 
 def test_the_site_has_every_document():

@@ -1,4 +1,4 @@
-"""What the notebooks stand on: `start` in the first cell of each, and `show` to read the package from within."""
+"""Basis of the notebooks: `start` for the first cell of each, and `show` to print source of the package."""
 
 import inspect
 import textwrap
@@ -12,9 +12,9 @@ from minids.course import plots
 
 
 def start(minutes: float, gigabytes: float = 1) -> None:
-    """Give every reader the same numbers: seed 0, one thread, two decimals; and say what the notebook needs.
+    """Set seed 0, one thread and two printed decimals, for the same values everywhere; print what the notebook needs.
 
-    `minutes` is the time of the whole notebook on two CPU cores, `gigabytes` its memory.
+    `minutes` is the time of the whole notebook on two CPU cores, `gigabytes` its memory in GB.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -27,6 +27,6 @@ def start(minutes: float, gigabytes: float = 1) -> None:
 
 
 def show(*objects: object) -> Markdown:
-    """The source of classes, functions or methods of the package, as highlighted text."""
+    """Return the source of classes, functions or methods as highlighted Markdown."""
     source = "\n\n".join(textwrap.dedent(inspect.getsource(item)).rstrip() for item in objects)
     return Markdown(f"```python\n{source}\n```")

@@ -1,11 +1,11 @@
-"""What an exercise's check cell calls: it runs the reader's answer and says in words what is wrong with it.
+"""Check an answer to an exercise: run it, and explain in words what is incorrect.
 
 Two kinds of exercise:
-- `Function`: write a function. It is compared with a reference on examples; an answer that is wrong in a known way is
-  recognised, because each known mistake is itself an implementation, and its results can be compared too;
-- `SpotTheBug`: write a test. It has to accept the right implementation and to reject each planted bug.
+- `Function`: write a function. It is compared with a reference on examples. A known mistake is recognised, because it
+  is itself an implementation, whose results are compared too;
+- `SpotTheBug`: write a test. It has to accept the correct implementation and to reject each planted bug.
 
-A check never raises, whatever the answer does: it returns a `Report`, which a notebook shows.
+A check never raises, whatever the answer does: it returns a `Report`, which a notebook displays.
 """
 
 import copy
@@ -24,12 +24,12 @@ Examples = Callable[[torch.Generator], Sequence[tuple]]
 
 
 class Wrong(Exception):
-    """What is wrong with an answer, in words for the reader."""
+    """An incorrect answer; the message explains why to the learner."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of one check: `status` is passed, failed or todo; `lines` explain it."""
+    """Outcome of one check: `status` is passed, failed or todo; `lines` explain it."""
 
     id: str
     name: str
@@ -49,11 +49,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Function:
-    """An exercise that asks for the function `name`, worth `points`.
+    """An exercise to write the function `name`, worth `points`.
 
-    `examples` makes the argument tuples from a generator, always the same ones. `mistakes` maps what went wrong, worded
-    to follow "this is what comes out when ", to a function that goes wrong in this way. `hint` is shown when no mistake
-    is recognised. `outputs` names the parts of a tuple that the function returns.
+    `examples` makes the argument tuples from a generator, always the same ones. `mistakes` maps the description of a
+    mistake, worded to follow "this is what comes out when ", to a function that makes it. `hint` is shown when no
+    mistake is recognised. `outputs` names the parts of a tuple that the function returns.
     """
 
     id: str
@@ -86,12 +86,12 @@ class Function:
         return Report(self.id, self.name, "passed", self.points, self.points)
 
     def _diagnosis(self, answer: Answer, examples: Sequence[tuple]) -> str | None:
-        """The known mistake that gives what the answer gives on every example, in words."""
+        """Describe the known mistake whose results equal the answer's on every example; None if there is none."""
         for words, mistake in self.mistakes.items():
             try:
                 for arguments in examples:
                     compare(_run(answer, copy.deepcopy(arguments), self.name), mistake(*copy.deepcopy(arguments)), "")
-            except Exception:  # not this one, or it fails where the answer does not
+            except Exception:  # not this mistake, or it raises where the answer does not
                 continue
             return f"this is what comes out when {words}"
         return None
@@ -99,7 +99,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Bug:
-    """A planted mistake: its name is told once it is caught, the hint where to look while it is missed."""
+    """A planted mistake: `name` is shown once it is caught, `hint` (where to look) while it is missed."""
 
     name: str
     implementation: Answer
@@ -108,10 +108,10 @@ class Bug:
 
 @dataclass(frozen=True)
 class SpotTheBug:
-    """An exercise that asks for a test, the function `name`, called with one implementation at a time.
+    """An exercise to write a test, the function `name`, which is called with one implementation at a time.
 
-    The test returns for `right` and raises for each of the `bugs`: `AssertionError`, or what the bug makes it run into.
-    Each bug it rejects is one point, but a test that rejects `right` earns none.
+    The test returns for `right` and raises for each of the `bugs`: `AssertionError`, or an error that the bug causes.
+    Each rejected bug is one point; a test that rejects `right` earns none.
     """
 
     id: str
@@ -145,7 +145,7 @@ Exercise = Function | SpotTheBug
 
 
 def exercises(chapter: int) -> list[Exercise]:
-    """The exercises of a chapter, in order. Raises `ValueError` if it has none."""
+    """Return the exercises of a chapter, in order. Raises `ValueError` if it has none."""
     try:
         return importlib.import_module(f"minids.course.exercises.chapter{chapter:02d}").EXERCISES
     except ModuleNotFoundError:
@@ -153,7 +153,7 @@ def exercises(chapter: int) -> list[Exercise]:
 
 
 def check(id: str, answer: Answer) -> Report:
-    """Check an answer to exercise `id`, such as "2.1". The random state of the notebook is left as it was."""
+    """Check an answer to exercise `id`, such as "2.1"; the random state of the notebook is preserved."""
     for exercise in exercises(int(id.split(".")[0])):
         if exercise.id == id:
             with torch.random.fork_rng(devices=[]):
@@ -163,7 +163,7 @@ def check(id: str, answer: Answer) -> Report:
 
 
 def compare(got: Any, wanted: Any, what: str, parts: Sequence[str] = ()) -> None:
-    """Raise `Wrong` with the first difference: kind, then shape, then dtype, then the first value that is off."""
+    """Raise `Wrong` with the first difference: type, then shape, then dtype, then the first value that differs."""
     if isinstance(wanted, tuple | list):
         names = parts or [f"part {i + 1} of {what}" for i in range(len(wanted))]
         if not isinstance(got, tuple | list) or len(got) != len(wanted):
@@ -198,7 +198,7 @@ def _compare_tensors(got: Any, wanted: Tensor, what: str) -> None:
 
 
 def describe(value: Any) -> str:
-    """A value in few words: the shape of a tensor, the parts of a tuple."""
+    """Describe a value briefly: the shape of a tensor, the parts of a tuple."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, tuple | list):
@@ -208,7 +208,7 @@ def describe(value: Any) -> str:
 
 
 def _run(answer: Answer, arguments: tuple, name: str) -> Any:
-    """The answer's result. Raises `Wrong` for what it raises, with the reader's own line."""
+    """Return the answer's result. Raises `Wrong` for an error in it, with the line of the learner's code."""
     if not callable(answer):
         raise Wrong(f"{name} should be a function, got {describe(answer)}")
     try:
@@ -220,7 +220,7 @@ def _run(answer: Answer, arguments: tuple, name: str) -> Any:
 
 
 def _complaint(test: Answer, implementation: Answer, name: str) -> str | None:
-    """What a reader's test says against an implementation, None if nothing; the test cannot see which one it is."""
+    """Return the error of a learner's test on an implementation, None if it passes; a lambda hides which one it is."""
     try:
         _run(test, (lambda *arguments, **named: implementation(*arguments, **named),), name)
     except Wrong as wrong:

@@ -1,4 +1,4 @@
-"""Experiments with a control, small enough for a chapter: the same text, the same budget, a few seeds."""
+"""Controlled experiments, small enough for a chapter: the same text, the same budget, a few seeds."""
 
 import functools
 import json
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from minids.config import ModelConfig
-from minids.files import write_text_whole
+from minids.files import atomic_write_text
 from minids.model.transformer import MiniDS
-from minids.run import Run, read_text
-from minids.training.loop import Metrics, Recipe, TextData, Trainer
+from minids.training.pretrain import Metrics, Recipe, TextData, Trainer
+from minids.training.pretraining_run import PretrainingRun, read_text
 
 
 @dataclass
 class Trial:
-    """A model after its training, and the metrics of every step."""
+    """A trained model, and the metrics of every step."""
 
     model: MiniDS
     metrics: list[Metrics]
@@ -33,17 +33,17 @@ class Trial:
 
 @functools.cache
 def builtin_text(tokenizer: str = "bytes", max_bytes: int = 500_000) -> TextData:
-    """Real text that needs no download: prose and code of Python's library, at most `max_bytes` of each.
+    """Return real text that needs no download: prose and code of Python's library, at most `max_bytes` of each.
 
-    `tokenizer` is "bytes" or "bpe:SIZE". The text is that of the Python that runs it, so results differ a little from
-    one Python version to another: a chapter asserts what it claims instead of printing many digits.
+    `tokenizer` is "bytes" or "bpe:SIZE". The text comes from the Python that runs it, so results differ slightly
+    between Python versions: a chapter asserts the band of a value instead of printing many digits.
     """
-    nothing_trained_yet = Run(ModelConfig.preset("nano"), Recipe(), ("pydocs", "stdlib"), max_bytes)
+    nothing_trained_yet = PretrainingRun(ModelConfig.preset("nano"), Recipe(), ("pydocs", "stdlib"), max_bytes)
     return read_text(nothing_trained_yet, tokenizer)
 
 
 def trial(config: ModelConfig, data: TextData, recipe: Recipe) -> Trial:
-    """Train a new model; the recipe's seed decides its first weights and the order of the text."""
+    """Train a new model; the recipe's seed determines its initial weights and the order of the text."""
     torch.manual_seed(recipe.seed)
     trainer = Trainer(MiniDS(config), data, recipe)
     return Trial(trainer.model, trainer.run(progress=False))
@@ -52,7 +52,7 @@ def trial(config: ModelConfig, data: TextData, recipe: Recipe) -> Trial:
 def trials(
     variants: Mapping[str, ModelConfig], data: TextData, recipe: Recipe, seeds: Sequence[int]
 ) -> dict[str, list[Trial]]:
-    """Every variant with every seed; says which one is being trained."""
+    """Train every variant with every seed; print the variant in training. Return the trials by variant."""
     outcome: dict[str, list[Trial]] = {}
     for name, config in variants.items():
         print(f"training {name} with seeds {', '.join(map(str, seeds))} ...", flush=True)
@@ -61,9 +61,9 @@ def trials(
 
 
 def record(path: Path, **figures: Any) -> None:
-    """Write the figures of a long run as JSON, with the command line that made them and the versions that it ran on.
+    """Write the figures of a long run to `path` as JSON, with its command line, the versions and the device.
 
-    Floats keep five significant digits: people read the file too.
+    Floats keep five significant digits, so that the file stays readable.
     """
     found = {
         "command": " ".join(["python", *sys.argv]),
@@ -71,4 +71,4 @@ def record(path: Path, **figures: Any) -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     rounded = json.loads(json.dumps(found | figures), parse_float=lambda digits: float(f"{float(digits):.5g}"))
-    write_text_whole(path, json.dumps(rounded, indent=1) + "\n")
+    atomic_write_text(path, json.dumps(rounded, indent=1) + "\n")

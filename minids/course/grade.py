@@ -1,12 +1,12 @@
-"""Grading a class: every student's exercise notebooks are run, and judged by this project's own checks.
+"""Grade a class: run every student's exercise notebooks and check the answers with this project's own checks.
 
 A folder of submissions holds one folder per student, with that student's NN_name.ipynb anywhere inside. Each notebook
-runs in a fresh kernel of its own. Nothing but the names it defines at its end counts: check cells that a student edited
-or deleted neither earn nor lose points. Output is never collected, so a notebook may print without end; time and (on
-Linux) memory are limited; a kernel that does not stop when it is asked to is killed.
+runs in a fresh kernel of its own. Only the names that it defines at its end count: check cells that a student edited or
+deleted neither earn nor cost points. Output is never collected, so a notebook may print without end; time and (on
+Linux) memory are limited; a kernel that does not stop when interrupted is killed.
 
-Where bubblewrap can build walls (Linux), a notebook runs behind them: it sees its own folder, Python and this package,
-has no network, and can write nowhere but to a /tmp of its own. Elsewhere it runs as the user who grades.
+Where bubblewrap is available (Linux), a notebook runs in isolation: it sees its own folder, Python and this package,
+has no network, and can write only to a private /tmp. Elsewhere it runs with the rights of the user who grades.
 """
 
 import ast
@@ -32,17 +32,17 @@ from tqdm import tqdm
 
 from minids.course.checks import Exercise, exercises
 from minids.course.notebooks import ROOT, environment, read
-from minids.reasoning.sandbox_walls import PYTHON, READABLE, NoWalls, bubblewrap
+from minids.sandbox.isolation import PYTHON, READABLE, IsolationUnavailable, bubblewrap
 
-NAME = re.compile(r"(\d\d)_\w+(-Copy\d+| ?\(\d+\))?\.ipynb")  # with what JupyterLab and browsers add to a copy's name
+NAME = re.compile(r"(\d\d)_\w+(-Copy\d+| ?\(\d+\))?\.ipynb")  # JupyterLab and browsers add such suffixes to copies
 CHAPTERS = {int(module.stem[-2:]) for module in Path(__file__).with_name("exercises").glob("chapter*.py")}
-SECONDS, MEMORY = 120.0, 8 * 2**30  # that one notebook may take, of address space in bytes
+SECONDS, MEMORY = 120.0, 8 * 2**30  # limits of one notebook: time, and address space in bytes
 GRACE = 5.0  # seconds that an interrupted kernel has to stop
 
 
 @dataclass(frozen=True)
 class Grade:
-    """One line of the table: `status` is passed, failed, todo or error; `message` is the first thing to mend."""
+    """One row of the table: `status` is passed, failed, todo or error; `message` is the first issue."""
 
     student: str
     exercise: str
@@ -60,27 +60,27 @@ class KernelLost(Exception):
 def grade(submissions: Path, seconds: float = SECONDS) -> list[Grade]:
     """Grade every student's notebooks, with a progress bar.
 
-    A notebook that some student handed in is expected of all. Raises `ValueError` where there is nothing to grade.
+    A chapter that at least one student submitted is expected from all. Raises `ValueError` where nothing can be graded.
     """
     if not seconds > 0:
         raise ValueError(f"seconds={seconds!r}: must be positive")
     if not submissions.is_dir():
         raise ValueError(f"{submissions} is not a folder")
     students = sorted(path for path in submissions.iterdir() if path.is_dir() and not path.name.startswith("."))
-    handed_in = {student: _notebooks(student) for student in students}
-    chapters = sorted({chapter for found in handed_in.values() for chapter in found})
+    submitted = {student: _notebooks(student) for student in students}
+    chapters = sorted({chapter for found in submitted.values() for chapter in found})
     if not chapters:
         raise ValueError(f"{submissions}: expected a folder for each student with notebooks such as 02_mla.ipynb in it")
     grades = []
     for student, chapter in tqdm([(s, c) for s in students for c in chapters], unit="notebook", disable=None):
-        outcome = _judge(handed_in[student].get(chapter, []), chapter, seconds)
+        outcome = _grade_chapter(submitted[student].get(chapter, []), chapter, seconds)
         for exercise, (status, points, message) in zip(exercises(chapter), outcome, strict=True):
             grades.append(Grade(student.name, exercise.id, exercise.name, points, exercise.points, status, message))
     return grades
 
 
 def _notebooks(student: Path) -> dict[int, list[Path]]:
-    """The student's notebooks for each chapter that has exercises; of a whole copy of the course, its exercises/."""
+    """Return the student's notebooks by chapter with exercises; in a copy of the whole course, those in exercises/."""
     paths = [path for path in sorted(student.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
     paths = [path for path in paths if path.parent.name == "exercises"] or paths
     found: dict[int, list[Path]] = {}
@@ -94,28 +94,28 @@ def _notebooks(student: Path) -> dict[int, list[Path]]:
 Outcome = tuple[str, int, str]
 
 
-def _judge(paths: list[Path], chapter: int, seconds: float) -> list[Outcome]:
-    """Status, points and message of every exercise of the chapter."""
-    asked = exercises(chapter)
+def _grade_chapter(paths: list[Path], chapter: int, seconds: float) -> list[Outcome]:
+    """Return status, points and message of every exercise of the chapter."""
+    expected = exercises(chapter)
     if len(paths) != 1:
-        return [("error", 0, "handed in more than once" if paths else "not handed in")] * len(asked)
+        return [("error", 0, "submitted more than once" if paths else "not submitted")] * len(expected)
     try:
         cells = [cell.source for cell in read(paths[0]).cells if cell.cell_type == "code"]
     except ValueError as error:
-        return [("error", 0, str(error))] * len(asked)
+        return [("error", 0, str(error))] * len(expected)
     outcome: list[Outcome] = []
     try:
         with Kernel(paths[0].parent) as kernel:
             trouble = _run_all(kernel, cells, seconds)
-            for exercise in asked:
-                outcome.append(_ask(kernel, exercise, seconds, trouble))
+            for exercise in expected:
+                outcome.append(_check(kernel, exercise, seconds, trouble))
     except KernelLost as lost:
-        outcome += [("error", 0, str(lost))] * (len(asked) - len(outcome))
+        outcome += [("error", 0, str(lost))] * (len(expected) - len(outcome))
     return outcome
 
 
 def _run_all(kernel: "Kernel", cells: list[str], seconds: float) -> str:
-    """Run cell after cell, also past those that fail, until time is up; the first complaint, or nothing."""
+    """Run all cells in order, past those that fail, until time is up; return the first error message, or ""."""
     deadline = time.monotonic() + seconds
     complaints = []
     for number, source in enumerate(cells, start=1):
@@ -138,8 +138,8 @@ def _verdict():
 """
 
 
-def _ask(kernel: "Kernel", exercise: Exercise, seconds: float, trouble: str) -> Outcome:
-    """The project's verdict on one exercise, from minids as it stands on disk, whatever the notebook did to it."""
+def _check(kernel: "Kernel", exercise: Exercise, seconds: float, trouble: str) -> Outcome:
+    """Check one exercise with minids imported again from disk, so that changes by the notebook have no effect."""
     source = _VERDICT.format(root=str(ROOT), id=exercise.id, name=exercise.name)
     reply = kernel.ask(source, "_verdict()", time.monotonic() + seconds)
     if isinstance(reply, str):
@@ -147,23 +147,23 @@ def _ask(kernel: "Kernel", exercise: Exercise, seconds: float, trouble: str) -> 
         message = f"the notebook does not define {exercise.name}" if missing else reply
         return "error", 0, f"{message} ({trouble})" if trouble else message
     status, points, lines = reply
-    to_mend = " ".join(line for line in lines if not line.startswith("✓"))
-    return status, points, "not started yet" if status == "todo" else to_mend
+    issues = " ".join(line for line in lines if not line.startswith("✓"))
+    return status, points, "not started yet" if status == "todo" else issues
 
 
 @functools.cache
-def walls_stand() -> bool:
-    """Whether notebooks can run behind walls here."""
+def isolation_available() -> bool:
+    """Return whether notebooks can run in isolation on this machine."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            command = [*_walls(Path(folder), Path(folder)), sys.executable, "-c", ""]
+            command = [*_isolation(Path(folder), Path(folder)), sys.executable, "-c", ""]
             return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
-    except (NoWalls, OSError, subprocess.TimeoutExpired):
+    except (IsolationUnavailable, OSError, subprocess.TimeoutExpired):
         return False
 
 
-def _walls(folder: Path, sockets: Path) -> list[str]:
-    """Everything that a notebook of `folder` may see; of this project the package only, not the solutions."""
+def _isolation(folder: Path, sockets: Path) -> list[str]:
+    """Return the command prefix that isolates a notebook of `folder`; of this project it sees only the package."""
     package = str(ROOT / "minids")
     seen = [*READABLE, PYTHON, sys.prefix, sys.base_prefix, package, str(folder)]
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": "/tmp", "PATH": os.defpath}
@@ -174,25 +174,25 @@ def _walls(folder: Path, sockets: Path) -> list[str]:
 _SILENCE = """
 import contextlib, os, sys
 sys.stdout = sys.stderr = open(os.devnull, "w")
-get_ipython()._tee = lambda channel, nothing=contextlib.nullcontext: nothing()  # it keeps a copy, for the history
+get_ipython()._tee = lambda channel, nothing=contextlib.nullcontext: nothing()  # keeps a copy for the history
 del contextlib, os, sys
 """
 
 
 class Kernel:
-    """A fresh kernel that runs code until a deadline. What it prints goes nowhere, and is not kept either.
+    """A fresh kernel that runs code until a deadline; its output is discarded.
 
-    A kernel would hold what it cannot send fast enough, and its history all of it, until memory is out.
+    A kernel buffers output that it cannot send fast enough, and its history keeps all output: both can exhaust memory.
     """
 
     def __init__(self, folder: Path):
         self.sockets = tempfile.TemporaryDirectory()
         place = Path(self.sockets.name)
-        if walls_stand():  # without a network, the kernel is reached through files
+        if isolation_available():  # there is no network inside: connect through socket files
             channels = dict(transport="ipc", ip=str(place / "kernel"))
             self.manager = KernelManager(connection_file=str(place / "connection.json"), **channels)
             spec = self.manager.kernel_spec
-            spec.argv = [*_walls(folder.resolve(), place), sys.executable, *spec.argv[1:]]
+            spec.argv = [*_isolation(folder.resolve(), place), sys.executable, *spec.argv[1:]]
             spec.interrupt_mode = "message"
         else:
             self.manager = KernelManager()
@@ -210,18 +210,18 @@ class Kernel:
 
     def __exit__(self, *error: object) -> None:
         self.client.stop_channels()
-        if os.name == "posix":  # a kernel leads a group of its own, with all that the notebook has started
+        if os.name == "posix":  # the kernel leads a process group, which contains all that the notebook has started
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.manager.provisioner.pgid, signal.SIGKILL)
         self.manager.shutdown_kernel(now=True)
         self.sockets.cleanup()
 
     def run(self, source: str, deadline: float) -> str:
-        """Run a cell; what went wrong in one line, or nothing. Raises `KernelLost`."""
+        """Run a cell; return the error message in one line, or "". Raises `KernelLost`."""
         return self._complaint(self._execute(source, {}, deadline))
 
     def ask(self, source: str, expression: str, deadline: float) -> list | str:
-        """Run a cell and read a JSON expression; a string is what went wrong. Raises `KernelLost`."""
+        """Run a cell and return the value of a JSON expression, or the error message, a string. Raises `KernelLost`."""
         reply = self._execute(source, {"answer": expression}, deadline)
         answer = reply.get("user_expressions", {}).get("answer", reply)
         if complaint := self._complaint(answer):
@@ -241,7 +241,7 @@ class Kernel:
                 raise KernelLost("the kernel died: out of memory, or the notebook ended it")
             if time.monotonic() > deadline + GRACE:
                 raise KernelLost("took too long, and did not stop when interrupted")
-            if time.monotonic() > next_interrupt:  # again and again: one may be swallowed by an except in the cell
+            if time.monotonic() > next_interrupt:  # repeat: an except in the cell may swallow one
                 self.manager.interrupt_kernel()
                 next_interrupt += 1.0
 
@@ -255,10 +255,10 @@ class Kernel:
 
 
 def as_text(grades: Iterable[Grade]) -> Iterator[str]:
-    """A table for the screen, and each student's sum."""
+    """Format the grades as a table for the terminal, with each student's sum."""
     grades = list(grades)
     width = max(len("student"), *(len(grade.student) for grade in grades)) + 2
-    yield f"{'student':{width}}{'exercise':26}{'points':>8}  first thing to mend"
+    yield f"{'student':{width}}{'exercise':26}{'points':>8}  first issue"
     for student in dict.fromkeys(grade.student for grade in grades):
         own = [grade for grade in grades if grade.student == student]
         for g in own:
@@ -267,7 +267,7 @@ def as_text(grades: Iterable[Grade]) -> Iterator[str]:
 
 
 def write_csv(grades: Iterable[Grade], path: Path) -> None:
-    """The table with one row per student and exercise."""
+    """Write the table as CSV, one row per student and exercise."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, Grade.__dataclass_fields__)
         writer.writeheader()
@@ -275,7 +275,7 @@ def write_csv(grades: Iterable[Grade], path: Path) -> None:
 
 
 def write_junit(grades: Iterable[Grade], path: Path) -> None:
-    """The same as JUnit XML: a suite for each student, a failure for each exercise that did not pass."""
+    """Write the table as JUnit XML: a suite per student, a failure for each exercise that did not pass."""
     suites = ElementTree.Element("testsuites")
     students: dict[str, ElementTree.Element] = {}
     for grade in grades:
@@ -285,7 +285,7 @@ def write_junit(grades: Iterable[Grade], path: Path) -> None:
         case = ElementTree.SubElement(suite, "testcase", classname=grade.student, name=f"{grade.exercise} {grade.name}")
         if grade.status != "passed":
             kind = "error" if grade.status == "error" else "failure"
-            printable = (c if c.isprintable() else " " for c in grade.message or grade.status)  # XML knows no others
+            printable = (c if c.isprintable() else " " for c in grade.message or grade.status)  # XML allows no other
             ElementTree.SubElement(case, kind, message="".join(printable))
     ElementTree.indent(suites)
     ElementTree.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)

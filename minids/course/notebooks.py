@@ -1,14 +1,15 @@
-"""Notebooks as the repository keeps them: run from top to bottom, and stored without what changes from run to run.
+"""Run notebooks from top to bottom, and store them without outputs that change from run to run.
 
     python -m minids.course.notebooks chapters/02_mla.ipynb      run it and store it
     python -m minids.course.notebooks solutions/02_mla.ipynb     the same, and make exercises/02_mla.ipynb from it
 
-`solutions/` is the source: what stands between `### BEGIN SOLUTION` and `### END SOLUTION` becomes a hole.
+`solutions/` is the source: each region between `### BEGIN SOLUTION` and `### END SOLUTION` becomes `raise
+NotImplementedError` in the exercise.
 
-The convention for outputs that differ on another machine. What a cell prints is compared, character by character, when
-the tests run the notebook again. Figures are not compared, nor are the widgets' live forms. A cell whose text has to
-differ (a training loop with times, a progress bar) carries the tag `nbval-ignore-output`, and the next cell of code
-asserts what it showed. A cell that is meant to fail carries the tag `raises-exception`. There are no other exemptions.
+The convention for outputs that differ between machines: the tests run each notebook again and compare the printed text
+character by character. Figures and live widgets are not compared. A cell whose text has to differ (a training loop with
+times, a progress bar) has the tag `nbval-ignore-output`, and the next code cell asserts what it showed. A cell that is
+meant to fail has the tag `raises-exception`. There are no other exemptions.
 """
 
 import copy
@@ -32,26 +33,26 @@ METADATA = {
 
 
 def environment() -> dict[str, str]:
-    """The environment of every kernel that stores or compares outputs: minids importable, one thread."""
+    """Return the environment of every kernel that stores or compares outputs: minids importable, one thread."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
 
 
 def read(path: Path) -> NotebookNode:
-    """The notebook in a file. Raises `ValueError` if there is none in it."""
+    """Read a notebook. Raises `ValueError` if the file is not a notebook."""
     try:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
-    except Exception as error:  # nbformat trips in many ways over what is not JSON, or JSON of another kind
+    except Exception as error:  # nbformat raises many types for what is not JSON, or JSON of another kind
         reason = str(error).partition("\n")[0][:100]
         raise ValueError(f"{path.name} is not a notebook: {reason}") from None
     return notebook
 
 
 def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
-    """Run all cells in a fresh kernel that stands in `folder`, and return the result in normal form.
+    """Run all cells in a fresh kernel with working directory `folder`; return the result in normal form.
 
-    Raises `ValueError` with the message of the first cell that fails without being tagged for it.
+    Raises `ValueError` with the message of the first cell that fails without the tag `raises-exception`.
     """
     options = dict(timeout=600, record_timing=False, coalesce_streams=True)
     client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **options)
@@ -63,7 +64,7 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
 
 def normal(notebook: NotebookNode) -> NotebookNode:
-    """A copy without what tells a reader nothing: ids and times, colours and paths in tracebacks, dead widgets."""
+    """Return a copy without random ids, times, colours and paths in tracebacks, and widgets without a kernel."""
     notebook = copy.deepcopy(notebook)
     notebook.metadata = nbformat.from_dict(METADATA)
     for number, cell in enumerate(notebook.cells):
@@ -81,7 +82,7 @@ def normal(notebook: NotebookNode) -> NotebookNode:
 
 
 def with_holes(solution: NotebookNode) -> NotebookNode:
-    """The exercise notebook of a solution, not yet run: every marked region is a hole that raises."""
+    """Return the exercise notebook of a solution, not run: each marked region raises `NotImplementedError`."""
     notebook = copy.deepcopy(solution)
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -1,6 +1,6 @@
-"""The figures, as functions of plain data. Each returns a matplotlib Figure and touches no global state.
+"""Figures as functions of plain data. Each returns a matplotlib Figure and changes no global state.
 
-Colours are Okabe and Ito's, told apart by the colour-blind; line styles, markers and hatches tell them apart in grey.
+The colours are Okabe and Ito's colour-blind-safe palette; line styles, markers and hatches distinguish series in grey.
 """
 
 import io
@@ -20,7 +20,7 @@ Numbers = Sequence[float]
 
 
 def png(figure: Figure) -> bytes:
-    """The picture for a screen, in 256 colours, which takes a third of the bytes: notebooks keep their pictures."""
+    """Render a figure as PNG with 256 colours, a third of the bytes of full colour, since notebooks store figures."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=90)
     small = io.BytesIO()
@@ -29,7 +29,7 @@ def png(figure: Figure) -> bytes:
 
 
 def canvas(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = (7, 3.6)) -> tuple[Figure, Axes]:
-    """An empty figure with labelled axes; sizes in inches."""
+    """Return an empty figure with labelled axes; `size` in inches."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
@@ -47,9 +47,9 @@ def lines(
     marked: bool = False,
     level: tuple[float, str] | None = None,
 ) -> Figure:
-    """One line per label of `series`, each (x, y). `log` names logarithmic axes: "x", "y" or "xy".
+    """Plot one line per label of `series`, each (x, y). `log` names the logarithmic axes: "x", "y" or "xy".
 
-    `marked` puts a marker on every point; `level` is a horizontal line with its label, for a bound or a control.
+    `marked` adds a marker at every point; `level` is a horizontal line with its label, for a bound or a control.
     """
     figure, axes = canvas(xlabel, ylabel, title)
     for i, (label, (x, y)) in enumerate(series.items()):
@@ -64,7 +64,7 @@ def lines(
 def bars(
     groups: Mapping[str, Mapping[str, float]], xlabel: str, ylabel: str, title: str = "", *, log: str = ""
 ) -> Figure:
-    """Bars side by side: one group per outer label along the x axis, one bar per inner label."""
+    """Plot grouped bars: one group per outer label along the x axis, one bar per inner label."""
     figure, axes = canvas(xlabel, ylabel, title)
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     width = 0.8 / len(names)
@@ -81,7 +81,7 @@ def bars(
 def points(
     places: Mapping[str, tuple[float, float, float]], xlabel: str, ylabel: str, title: str = "", *, log: str = ""
 ) -> Figure:
-    """One labelled point per entry, (x, y, half-width of y's error bar)."""
+    """Plot one labelled point per entry, (x, y, half-width of y's error bar)."""
     figure, axes = canvas(xlabel, ylabel, title)
     for i, (label, (x, y, spread)) in enumerate(places.items()):
         look = dict(color=COLORS[i % 7], marker=MARKERS[i % 7], markersize=8, capsize=4, linestyle="")
@@ -91,7 +91,7 @@ def points(
 
 
 def heatmap(table: Sequence[Numbers], xlabel: str, ylabel: str, value: str, title: str = "") -> Figure:
-    """A table of numbers as colours, its first row on top; `value` says what a colour means and in which unit."""
+    """Plot a table as colours, first row on top; `value` labels the colour bar, with the unit."""
     figure, axes = canvas(xlabel, ylabel, title)
     image = axes.imshow(table, aspect="auto", cmap="cividis", interpolation="nearest")
     figure.colorbar(image, label=value)
@@ -99,8 +99,8 @@ def heatmap(table: Sequence[Numbers], xlabel: str, ylabel: str, value: str, titl
 
 
 def loss_curve(metrics: Sequence[dict[str, Any]]) -> Figure:
-    """The losses of a run in nats per token, and its validation in bits per byte, over the tokens read."""
-    figure, axes = canvas("tokens read (millions)", "loss (nats per token)", size=(7, 4))
+    """Plot a run's losses in nats per token and its validation loss in bits per byte, over the training tokens."""
+    figure, axes = canvas("training tokens (millions)", "loss (nats per token)", size=(7, 4))
     tokens = [m["tokens"] / 1e6 for m in metrics]
     axes.plot(tokens, [m["loss"] for m in metrics], color=COLORS[0], linewidth=1, label="training loss, next token")
     if any(m["mtp_loss"] for m in metrics):
@@ -121,7 +121,7 @@ def loss_curve(metrics: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _finish(axes: Axes, log: str, legend: bool) -> None:
-    """Logarithmic axes, a faint grid and the legend, the same in every figure."""
+    """Set logarithmic axes, a faint grid and the legend, the same in every figure."""
     if "x" in log:
         axes.set_xscale("log")
     if "y" in log:

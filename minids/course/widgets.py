@@ -1,7 +1,7 @@
-"""Sliders over the figures, which still show something where no kernel runs.
+"""Interactive figures with controls, which show their first state where no kernel runs.
 
 One output holds three forms: the live widget, a PNG of its first state, and a line of text. JupyterLab shows the first
-that it can, a page without a kernel the PNG, and the test of stored outputs compares the text.
+form that it can, a page without a kernel shows the PNG, and the test of stored outputs compares the text.
 """
 
 import base64
@@ -18,11 +18,11 @@ Range = tuple[float, float, float]
 
 
 class Explorer:
-    """An interactive figure: `draw(**values)` is drawn anew when a control moves.
+    """An interactive figure: it shows `draw(**values)` and redraws when a control changes.
 
-    A control is given by what it ranges over: (low, high, start) is a slider, of whole numbers if all three are whole;
-    a list is a menu that starts at its first entry; True or False is a box to tick. `draw` has to return a new Figure
-    and depend on nothing else. `controls` holds the ipywidgets, so that a test can move them.
+    A control is defined by its range: (low, high, start) is a slider, of integers if all three are integers; a list is
+    a menu that starts at its first entry; True or False is a checkbox. `draw` has to return a new Figure that depends
+    on nothing else. `controls` contains the ipywidgets, so that a test can change them.
     """
 
     def __init__(self, draw: Callable[..., Figure], **ranges: Range | list | bool):
@@ -37,12 +37,12 @@ class Explorer:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What the controls stand at."""
+        """Current values of the controls."""
         return {name: control.value for name, control in self.controls.items()}
 
     @property
     def png(self) -> bytes:
-        """The picture as it is shown now."""
+        """The figure as shown now, as PNG."""
         return self._image.value
 
     def _redraw(self) -> None:
@@ -52,7 +52,7 @@ class Explorer:
         self._complaint.value = ""
         try:
             self._redraw()
-        except Exception as error:  # JupyterLab would swallow it, and the slider would seem broken
+        except Exception as error:  # JupyterLab would hide it
             self._complaint.value = f"<b>{html.escape(f'{type(error).__name__}: {error}')}</b>"
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:

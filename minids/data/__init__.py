@@ -1,4 +1,4 @@
-"""From text to training batches: tokenizers, corpora with domain labels, packed batches with a position to save.
+"""Training data: tokenizers, corpora with domain labels, and packed batches with a position for checkpoints.
 
-Read in this order: `tokenizer`, `corpus` (with `standard_library`, the text that every machine has), `batches`.
+Read in this order: `tokenizer`, `corpus` (with `standard_library`, text from the Python installation), `batches`.
 """

@@ -1,10 +1,10 @@
-"""Tokens packed into training batches: every batch is full, and every token is a target once an epoch.
+"""Packed training batches: all rows have the same length, and every token is a target once per epoch.
 
 Notable choices:
-- the rows of an epoch are cut from one long stream of shuffled documents, one token shared by neighbouring rows (it
-  is the last target of one and the first input of the next);
-- batch n is a pure function of (corpus, seed, n), so the position in a checkpoint is a single number;
-- nothing is copied or reordered: an epoch is two permutations, and a batch is looked up through them.
+- the rows of an epoch are cut from the concatenation of all shuffled documents; neighbouring rows share one token (the
+  last target of one row is the first input of the next);
+- batch n is a pure function of (corpus, seed, n), so the position in a checkpoint is a single integer;
+- tokens are neither copied nor reordered: an epoch is two permutations, through which a batch is indexed.
 """
 
 import functools
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int, Integer
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
 from minids.data.corpus import Document
@@ -24,9 +24,9 @@ from minids.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """All documents one after the other, each as <bos> text <eos>.
+    """Concatenated documents, each as <bos> text <eos>.
 
-    `tokens` has the smallest dtype that the tokenizer's ids fit; document d starts at `starts[d]` and is of the kind
+    `tokens` has the tokenizer's dtype; document d starts at `starts[d]` and has the domain
     `domain_names[domains[d]]`.
     """
 
@@ -37,7 +37,7 @@ class TokenizedCorpus:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Differs for any two corpora whose batches could differ; goes into a checkpoint."""
+        """Digest of all contents that determine the batches; it is stored in checkpoints."""
         digest = hashlib.sha256(repr(self.domain_names).encode())
         for array in (self.tokens, self.starts, self.domains):
             digest.update(np.ascontiguousarray(array))
@@ -45,13 +45,13 @@ class TokenizedCorpus:
 
 
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenizedCorpus:
-    """Encode `documents` in their order. Domains are numbered alphabetically. ValueError where there are none."""
+    """Encode `documents` in their order; domains are numbered alphabetically. Raises ValueError if there are none."""
     pieces: list[np.ndarray] = []
     lengths: list[int] = []
     domains: list[str] = []
     bos, eos = (np.array([i], tokenizer.dtype) for i in (tokenizer.bos_id, tokenizer.eos_id))
     documents = iter(documents)
-    while some := list(itertools.islice(documents, 256)):  # few enough for memory, enough to keep every core busy
+    while some := list(itertools.islice(documents, 256)):  # limits memory, and is enough for all cores
         for document, ids in zip(some, tokenizer.encode_batch([document.text for document in some]), strict=True):
             pieces += [bos, ids, eos]
             lengths.append(len(ids) + 2)
@@ -65,22 +65,39 @@ def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenizedCo
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of seq_len + 1 tokens: `tokens[:, :-1]` go into the model, `tokens[:, 1:]` are the targets.
+    """Rows of seq_len + 1 tokens: `tokens[:, :-1]` are the inputs, `tokens[:, 1:]` the targets.
 
-    `documents` and `domains` say of each token which document of the corpus it belongs to, and its domain.
+    `documents` and `domains` are the indices of each token's document and domain; `loss_mask` marks the tokens that are
+    targets, by default all.
     """
 
     tokens: Int[Tensor, "batch seq_plus_1"]
     documents: Int[Tensor, "batch seq_plus_1"]
     domains: Int[Tensor, "batch seq_plus_1"]
+    loss_mask: Bool[Tensor, "batch seq_plus_1"] | None = None
+
+    def rows(self, rows: slice) -> "Batch":
+        """Return some of the rows."""
+        mask = None if self.loss_mask is None else self.loss_mask[rows]
+        return Batch(self.tokens[rows], self.documents[rows], self.domains[rows], mask)
+
+    def micro_batches(self, size: int) -> Iterator["Batch"]:
+        """Split into batches of `size` rows; the last one may be smaller."""
+        return (self.rows(slice(first, first + size)) for first in range(0, len(self.tokens), size))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copy to a device."""
+        mask = None if self.loss_mask is None else self.loss_mask.to(device)
+        return Batch(self.tokens.to(device), self.documents.to(device), self.domains.to(device), mask)
 
 
 class BatchStream(Iterator[Batch]):
-    """Endless training batches. `position` counts the batches served, and moving there costs nothing.
+    """Endless iterator of training batches. `position` counts the batches returned, and can be set at no cost.
 
-    An epoch shuffles the documents, cuts their stream into rows and shuffles those too, since a long document would
-    otherwise fill a batch. Tokens left over at an epoch's end, fewer than `seq_len`, wait for the next epoch. A batch
-    may hold the last rows of one epoch and the first of the next.
+    Each epoch shuffles the documents, cuts their concatenation into rows, and shuffles the rows, because a long
+    document would otherwise fill a batch. The last tokens of an epoch, fewer than `seq_len`, are not used in it. A
+    batch may have the last rows of one epoch and the first of the next. Raises ValueError if the corpus is too short
+    for one row.
     """
 
     def __init__(self, corpus: TokenizedCorpus, *, batch_size: int, seq_len: int, seed: int) -> None:
@@ -98,7 +115,7 @@ class BatchStream(Iterator[Batch]):
         return batch
 
     def batch(self, n: int) -> Batch:
-        """Batch number `n`; the position stays as it is."""
+        """Return batch `n` without changing the position."""
         numbers = (divmod(i, self.rows_per_epoch) for i in range(n * self.batch_size, (n + 1) * self.batch_size))
         parts = []
         for epoch, of_epoch in itertools.groupby(numbers, key=lambda number: number[0]):
@@ -107,14 +124,14 @@ class BatchStream(Iterator[Batch]):
         return Batch(*torch.from_numpy(np.concatenate(parts, axis=1)))
 
     def state_dict(self) -> dict[str, int | str]:
-        """What `load_state_dict` needs to go on with the same batches where sizes and seed are the same."""
+        """Return the position and the corpus's fingerprint, for `load_state_dict` with the same sizes and seed."""
         return {"position": self.position, "corpus": self.corpus.fingerprint}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Go to the saved position. Raises ValueError where it is one in another corpus."""
+        """Restore the position. Raises ValueError if it was saved with another corpus."""
         here = self.corpus.fingerprint
         if state["corpus"] != here:
-            raise ValueError(f"saved data position is of corpus {state['corpus']}, this stream has corpus {here}")
+            raise ValueError(f"saved data position is of corpus {state['corpus']}, these batches are of corpus {here}")
         self.position = state["position"]
 
     def _shuffle(self, epoch: int) -> tuple["_DocumentStream", Int[np.ndarray, "rows"]]:
@@ -126,10 +143,10 @@ class BatchStream(Iterator[Batch]):
 def evaluation_batches(
     corpus: TokenizedCorpus, *, batch_size: int, seq_len: int, max_batches: int | None = None
 ) -> Iterator[Batch]:
-    """Every row of `corpus` once, the same every time. The last batch is as small as it has to be.
+    """Return every row of `corpus` once, in the same order every time; the last batch may be smaller.
 
-    Rows come in an order that is shuffled once and for all, so that `max_batches` reads from everywhere. Tokens left
-    over at the end, fewer than `seq_len`, are no targets. Raises ValueError as `BatchStream` does.
+    Rows are shuffled with a fixed seed, so that `max_batches` samples the whole corpus. The last tokens, fewer than
+    `seq_len`, are not targets. Raises ValueError as `BatchStream` does.
     """
     stream = _DocumentStream(corpus, np.arange(len(corpus.starts)))
     rows = np.random.default_rng(0).permutation(_count_rows(corpus, seq_len))
@@ -139,15 +156,15 @@ def evaluation_batches(
 
 
 class _DocumentStream:
-    """The documents of `corpus` end to end in the given `order`, without moving them."""
+    """Concatenation of the documents of `corpus` in the given `order`, without copying them."""
 
     def __init__(self, corpus: TokenizedCorpus, order: Int[np.ndarray, "documents"]) -> None:
         lengths = np.diff(corpus.starts, append=len(corpus.tokens))[order]
         self.corpus, self.order = corpus, order
-        self.begins = np.cumsum(lengths) - lengths  # where in the stream document order[i] begins
+        self.begins = np.cumsum(lengths) - lengths  # start of document order[i] in the concatenation
 
     def cut(self, rows: Int[np.ndarray, "batch"], seq_len: int) -> Int[np.ndarray, "3 batch seq_plus_1"]:
-        """Tokens, documents and domains of rows number `rows`; row r begins with token r * seq_len of the stream."""
+        """Return tokens, documents and domains of some rows; row r starts at token r * seq_len of the concatenation."""
         positions = rows[:, None] * seq_len + np.arange(seq_len + 1)
         place = np.searchsorted(self.begins, positions, side="right") - 1
         documents = self.order[place]

@@ -1,6 +1,6 @@
-"""Documents by name or path, each with a domain label, and the split that holds some of them out.
+"""Documents from named sources and paths, each with a domain label, and the training-validation split.
 
-In two lines:
+Usage:
     documents = read_documents("stdlib")  # or "pydocs", "book.txt", "folder", "hf:roneneldan/TinyStories"
     training, validation = split_documents(documents)
 """
@@ -18,7 +18,10 @@ from minids.data import standard_library
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `domain` is its kind: "prose", "code", "text" or any other word. A `group` is never split."""
+    """One text. `domain` is its label: "prose", "code", "text" or any other word.
+
+    Documents with the same `group` are in the same split.
+    """
 
     text: str
     domain: str
@@ -26,19 +29,19 @@ class Document:
 
 
 def read_documents(source: str, *, max_bytes: int | None = None) -> Iterator[Document]:
-    """The documents of `source`, in the same order every time, read as they are asked for.
+    """Read the documents of `source` lazily, in the same order every time.
 
     - "pydocs": prose, CPython's language reference and the docstrings of the standard library;
     - "stdlib": code, the sources of the standard library without docstrings;
-    - a path: a UTF-8 text file (one document), .jsonl (an object with "text" a line), .parquet (a column "text"), or a
-      folder of these, searched through. A record's optional "domain" is its label, else "text";
+    - a path: a UTF-8 text file (one document), .jsonl (an object with "text" per line), .parquet (a column "text"), or
+      a folder of these, searched recursively. A record's optional "domain" is its label, else "text";
     - "hf:name" or "hf:name:config": the train split of a Hugging Face dataset, streamed, with records as above.
 
-    Blank documents are left out. `max_bytes` of UTF-8 are read at most, the last document being cut there. Iterating
-    raises ValueError, one line, for a source that is missing, damaged, or holds no text.
+    Blank documents are skipped. At most `max_bytes` of UTF-8 are read; the last document is cut there. Iteration raises
+    a one-line ValueError if the source is missing or damaged, or holds no text.
     """
     if max_bytes is not None and max_bytes < 1:
-        raise ValueError(f"max_bytes {max_bytes} must be at least 1")
+        raise ValueError(f"max_bytes={max_bytes}: must be at least 1")
     documents = (document for document in _open(source) if document.text and not document.text.isspace())
     first = next(documents, None)
     if first is None:
@@ -50,14 +53,14 @@ def read_documents(source: str, *, max_bytes: int | None = None) -> Iterator[Doc
 def split_documents(
     documents: Iterable[Document], *, held_out: float = 0.05, seed: int = 0
 ) -> tuple[list[Document], list[Document]]:
-    """(training, validation) documents, in their order. About `held_out` of the groups go to validation.
+    """Split into (training, validation) documents, in their order; about `held_out` of the groups are for validation.
 
-    A group's side follows from a hash of its name and `seed` alone, so it is the same in every run and in every corpus
-    that the group appears in, unless one side would be empty: then the nearest group changes over. A lone group is
-    split by document, a lone document at a line break. Raises ValueError where there is nothing to split.
+    The split of a group depends only on a hash of its name and `seed`, so it is the same in every run and every corpus.
+    Exception: if one split would be empty, the group with the nearest hash is moved to it. A single group is split by
+    document, a single document at a line break. Raises ValueError if there is nothing to split.
     """
     if not 0 < held_out < 1:
-        raise ValueError(f"held_out {held_out} must be between 0 and 1")
+        raise ValueError(f"held_out={held_out}: must be between 0 and 1")
     documents = list(documents)
     if not documents:
         raise ValueError("corpus holds no text: there is no document to split")
@@ -79,7 +82,7 @@ def _limit(documents: Iterable[Document], max_bytes: int) -> Iterator[Document]:
     left = max_bytes
     for document in documents:
         content = document.text.encode()
-        if text := content[:left].decode(errors="ignore"):  # never half a character
+        if text := content[:left].decode(errors="ignore"):  # drops an incomplete character
             yield dataclasses.replace(document, text=text)
         left -= len(content)
         if left <= 0:
@@ -87,17 +90,17 @@ def _limit(documents: Iterable[Document], max_bytes: int) -> Iterator[Document]:
 
 
 def _uniform_hash(key: str) -> float:
-    """A number in [0, 1), the same in every process, which Python's own hash() is not."""
+    """Hash to [0, 1), the same in every process, unlike Python's hash()."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48
 
 
 def _split_text(document: Document, held_out: float) -> tuple[list[Document], list[Document]]:
     text = document.text
     if len(text) < 2:
-        raise ValueError(f"corpus is too short to hold anything out: {len(text)} characters")
+        raise ValueError(f"corpus is too short to be split: {len(text)} characters")
     cut = min(max(int(len(text) * (1 - held_out)), 1), len(text) - 1)
     line_break = text.rfind("\n", 0, cut) + 1
-    cut = line_break if line_break > cut // 2 else cut  # a text of one long line is cut anywhere
+    cut = line_break if line_break > cut // 2 else cut  # text without a suitable line break is cut anywhere
     return tuple([dataclasses.replace(document, text=part)] for part in (text[:cut], text[cut:]))
 
 
@@ -118,14 +121,14 @@ def _open(source: str) -> Iterator[Document]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files below `folder` in the order of their names, hidden ones and Python's caches left out."""
+    """List the files below `folder`, sorted by name, without hidden files and Python's caches."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     visible = (name for name in names if not any(part.startswith(".") or part == "__pycache__" for part in name.parts))
     return [folder / name for name in sorted(visible, key=Path.as_posix)]
 
 
 def _read_file(path: Path, root: Path) -> Iterator[Document]:
-    """Documents of one file. Groups are named relative to `root`: the split is the same wherever the folder lies."""
+    """Read the documents of one file. Group names are relative to `root`, so a moved folder has the same split."""
     group = path.relative_to(root).as_posix()
     if path.suffix == ".jsonl":
         return _read_jsonl(path, group)
@@ -177,20 +180,20 @@ def _stream_dataset(name: str) -> Iterator[dict]:
     dataset, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
     try:
         yield from datasets.load_dataset(dataset, config or None, split="train", streaming=True)
-    except Exception as error:  # the libraries below it raise many kinds, for many reasons
+    except Exception as error:  # datasets and its dependencies raise many types
         raise ValueError(f"cannot read dataset {name}: {' '.join(str(error).split())}") from None
 
 
 def _document(record: object, where: str, group: str) -> Document:
-    """Check one record of a JSONL, Parquet or Hugging Face source: `where` names it in errors."""
+    """Validate one record of a JSONL, Parquet or Hugging Face source; `where` names it in errors."""
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError(f'{where} has no "text" that is a string')
     domain = record.get("domain") or "text"
     if not isinstance(domain, str):
-        raise ValueError(f'{where} has a "domain" that is no string: {domain!r}')
+        raise ValueError(f'{where} has a "domain" that is not a string: {domain!r}')
     try:
         record["text"].encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can encode half of a surrogate pair
         raise ValueError(f"{where} has no UTF-8 form: {error}") from None
     return Document(record["text"], domain, group)
 

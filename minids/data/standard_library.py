@@ -1,6 +1,6 @@
-"""The text that every Python brings along: its language reference and docstrings (prose), and its sources (code).
+"""Text of the Python installation: language reference and docstrings (prose), and library sources (code).
 
-Modules are read as text, never imported. The text differs a little from one Python version to the next.
+Modules are read as text, never imported. The text differs slightly between Python versions.
 """
 
 import ast
@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-# Test suites, tables written by a script, and the topics, which are prose.
+# Test suites, generated tables, and the topics of the language reference, which are prose.
 _EXCLUDED = {"test", "tests", "idle_test", "encodings", "entities.py", "stringprep.py", "msilib", "pydoc_data"}
 
 
 def topics() -> Iterator[tuple[str, str]]:
-    """(group, text) of each chapter of the language reference in `pydoc_data.topics`, each a group of its own.
+    """Yield (group, text) of each topic of the language reference in `pydoc_data.topics`; each is its own group.
 
-    Long topics repeat short ones word for word. A topic is left out where most of its paragraphs were seen in longer
-    ones: otherwise the held-out split would leak. Raises ValueError where this Python has no `pydoc_data`.
+    Long topics repeat short ones verbatim. A topic is skipped if most of its paragraphs occur in longer ones, because
+    the validation split would leak. Raises ValueError if this Python has no `pydoc_data`.
     """
     try:
         from pydoc_data.topics import topics as text_of
@@ -36,9 +36,9 @@ def topics() -> Iterator[tuple[str, str]]:
 
 
 def modules(kind: Literal["docstrings", "code"]) -> Iterator[tuple[str, str]]:
-    """(group, text) of each module: its docstrings, or all the rest of its source.
+    """Yield (group, text) of each module: its docstrings, or its source without them.
 
-    A group is a top-level module or package. A module without text of this kind is left out.
+    A group is a top-level module or package. Modules without text of this kind are skipped.
     """
     for path in _modules():
         docstrings, code = _read_module(path)
@@ -47,10 +47,10 @@ def modules(kind: Literal["docstrings", "code"]) -> Iterator[tuple[str, str]]:
 
 
 def split_docstrings(source: str) -> tuple[str, str]:
-    """Python source -> (the docstrings of its module, classes and functions, dedented; the source without them).
+    """Split Python source into (the dedented docstrings of module, classes and functions; the source without them).
 
-    All else stays as it was, comments too. A docstring that is the whole body, or that shares a line with other code,
-    becomes `pass`. Raises SyntaxError where `source` is not Python.
+    Everything else is unchanged, comments too. A docstring that is the whole body, or shares a line with other code,
+    becomes `pass`. Raises SyntaxError if `source` is not Python.
     """
     prose: list[str] = []
     lines = [line.encode() for line in source.split("\n")]  # ast counts columns in bytes, and breaks lines at \n only
@@ -68,7 +68,7 @@ def split_docstrings(source: str) -> tuple[str, str]:
 
 
 def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Every node with a docstring. Descends into statements only, which is five times faster than `ast.walk`."""
+    """Yield every node with a docstring. Visits statements only, which is five times faster than `ast.walk`."""
     nodes: list[ast.AST] = [tree]
     while nodes:
         node = nodes.pop()
@@ -80,7 +80,7 @@ def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.Fu
 
 
 def _modules() -> list[Path]:
-    """The library's modules, relative to its root, in the order of their names. ValueError where there are none."""
+    """List the library's modules relative to its root, sorted by name. Raises ValueError if there are none."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = (path.relative_to(root) for path in root.rglob("*.py"))
     modules = sorted(filter(_is_wanted, paths), key=Path.as_posix)
@@ -90,13 +90,13 @@ def _modules() -> list[Path]:
 
 
 def _is_wanted(path: Path) -> bool:
-    """site-packages and other folders whose name no import statement could hold are not the library's."""
+    """Whether a file belongs to the library: excludes site-packages and other names that cannot be imported."""
     importable = all(part.removesuffix(".py").isidentifier() for part in path.parts)
     return importable and _EXCLUDED.isdisjoint(path.parts) and not path.name.startswith("_sysconfigdata")
 
 
-@functools.cache  # "pydocs" and "stdlib" share the parse, which takes seconds for the whole library
+@functools.cache  # "pydocs" and "stdlib" share the parsed library, which takes seconds
 def _read_module(path: Path) -> tuple[str, str]:
-    with tokenize.open(Path(sysconfig.get_path("stdlib")) / path) as file:  # a source file names its own encoding
+    with tokenize.open(Path(sysconfig.get_path("stdlib")) / path) as file:  # detects the encoding
         prose, code = split_docstrings(file.read())
     return prose, code.strip("\n")

@@ -1,9 +1,9 @@
-"""Text to token ids and back: plain bytes, byte-level BPE through Hugging Face's `tokenizers`, or a list of symbols.
+"""Tokenizers: bytes, byte-level BPE with Hugging Face's `tokenizers`, or a fixed list of symbols.
 
 Notable choices:
-- the first two are lossless for every string; all share the nine special tokens, which take the last ids;
-- text can not forge a special token: `encode` reads "<think>" as seven characters unless `allow_special=True`;
-- a token's bytes are known (`token_bytes`), so losses compare across tokenizers as bits per byte.
+- the first two are lossless for every string; all have the same nine special tokens, with the last ids;
+- text cannot contain special tokens: `encode` treats "<think>" as seven characters unless `allow_special=True`;
+- the number of bytes per token is known (`token_bytes`), so losses are comparable between tokenizers as bits per byte.
 """
 
 import json
@@ -20,7 +20,7 @@ from jaxtyping import Int, Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from minids.files import write_text_whole
+from minids.files import atomic_write_text
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<think>", "</think>", "<answer>", "</answer>")
 _SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
@@ -29,10 +29,10 @@ _FILE = "tokenizer.json"
 
 
 class Tokenizer(ABC):
-    """What all tokenizers can do. A subclass says how text becomes ids, and how it is written to a file.
+    """Base class of the tokenizers. A subclass implements `encode_batch` and `_to_json`.
 
-    `token_texts[i]` is the bytes of text that token i stands for. The special tokens follow it, in the order of
-    SPECIAL_TOKENS, and stand for no text.
+    `token_texts[i]` is the UTF-8 bytes of token i. The special tokens follow, in the order of SPECIAL_TOKENS, and
+    decode to no text.
     """
 
     def __init__(self, token_texts: Sequence[bytes]) -> None:
@@ -44,19 +44,19 @@ class Tokenizer(ABC):
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.int32]:
-        """The dtype of `encode_batch`'s arrays: uint16 where every id fits, else int32."""
+        """Dtype of `encode_batch`'s arrays: uint16 if every id fits, else int32."""
         return np.uint16 if self.vocab_size <= 2**16 else np.int32
 
     def token_id(self, name: str) -> int:
-        """The id of a special token. Raises ValueError for any other name."""
+        """Return the id of a special token. Raises ValueError for any other name."""
         if name not in self._special_ids:
             raise ValueError(f"unknown special token {name!r}: expected one of {', '.join(SPECIAL_TOKENS)}")
         return self._special_ids[name]
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of `text`, no <bos> or <eos> added. With `allow_special`, names of special tokens become those tokens.
+        """Encode `text` without adding <bos> or <eos>; with `allow_special`, names of special tokens become tokens.
 
-        Raises ValueError where `text` holds half of a surrogate pair, which has no UTF-8 form.
+        Raises ValueError if `text` contains half of a surrogate pair, which has no UTF-8 form.
         """
         if not allow_special:
             return self.encode_batch([text])[0].tolist()
@@ -67,37 +67,37 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
-        """Ids of each text as a 1-D array of `dtype`, the fast path for a corpus. Special tokens are plain text."""
+        """Encode each text to a 1-D array of `dtype`, fast enough for a corpus. Special tokens are plain text."""
 
     def decode(
         self, ids: Sequence[int] | Integer[np.ndarray, "length"] | Int[Tensor, "length"], *, skip_special: bool = True
     ) -> str:
-        """The text of `ids`. Invalid UTF-8 becomes U+FFFD; special tokens vanish, or show their names.
+        """Decode `ids`. Invalid UTF-8 becomes U+FFFD; special tokens are skipped, or decoded to their names.
 
-        Raises ValueError for an id outside the vocabulary.
+        Raises ValueError for ids outside the vocabulary.
         """
         table = self._text if skip_special else self._shown
         ids = ids if isinstance(ids, Sequence) else ids.tolist()
         if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
-            raise ValueError(f"ids reach from {min(ids)} to {max(ids)}: must be in [0, {self.vocab_size})")
+            raise ValueError(f"ids range from {min(ids)} to {max(ids)}: must be in [0, {self.vocab_size})")
         return b"".join(table[i] for i in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> Int[Tensor, "vocab"]:
-        """Bytes of text that each token stands for, 0 for the special ones: bits per byte = sum(bits) / sum(bytes)."""
+        """Return the number of UTF-8 bytes per token, 0 for special tokens: bits per byte = sum(bits) / sum(bytes)."""
         return torch.tensor([len(text) for text in self._text])
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write `tokenizer.json` into `directory` (made where missing). A crash leaves the old file or the new one."""
+        """Write `tokenizer.json` into `directory` atomically; create the folder if needed."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_text_whole(directory / _FILE, self._to_json())
+        atomic_write_text(directory / _FILE, self._to_json())
 
     @abstractmethod
     def _to_json(self) -> str: ...
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0..255 are the bytes of UTF-8, 256..264 the special tokens: nothing to train, 265 tokens in all."""
+    """Bytes as tokens: ids 0..255 are the bytes of UTF-8, 256..264 the special tokens, without training."""
 
     def __init__(self) -> None:
         super().__init__([bytes([byte]) for byte in range(256)])
@@ -110,34 +110,34 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE: starts from all 256 bytes, so that it never meets an unknown character, and adds merges.
+    """Byte-level BPE: the initial alphabet is all 256 bytes, so there are no unknown characters.
 
-    Text is cut into words as GPT-2 does, and every digit stands alone, so that arithmetic sees place values. The file
-    is in Hugging Face's format and opens there too; make one with `BPETokenizer.train`.
+    Text is split into words as in GPT-2, and every digit is a token of its own, so that arithmetic has place values.
+    The file has Hugging Face's format; train a tokenizer with `BPETokenizer.train`.
     """
 
     def __init__(self, core: tokenizers.Tokenizer) -> None:
         names = [core.id_to_token(i) for i in range(core.get_vocab_size())]
         words = names[: -len(SPECIAL_TOKENS)]
         if tuple(names[len(words) :]) != SPECIAL_TOKENS:
-            raise ValueError(f"a tokenizer's last ids must be {' '.join(SPECIAL_TOKENS)}, got {names[len(words) :]}")
+            raise ValueError(f"a tokenizer's last ids must be {' '.join(SPECIAL_TOKENS)}, not {names[len(words) :]}")
         byte_of = byte_of_character()
         if not set(byte_of) <= set(words) or not set("".join(words)) <= set(byte_of):
             raise ValueError("a BPE tokenizer must be byte-level: all 256 bytes and nothing else in its alphabet")
         super().__init__([bytes(byte_of[character] for character in word) for word in words])
         self._core = core
-        self._core.encode_special_tokens = True  # the library's name for: read them as plain text
+        self._core.encode_special_tokens = True  # in the library: treat their names as plain text
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learn merges from `texts` until there are `vocab_size` tokens, special ones included. Deterministic.
+        """Learn merges from `texts` until there are `vocab_size` tokens, with special tokens. Deterministic.
 
-        Little text has few pairs to merge and gives fewer tokens: read `vocab_size` of the result.
-        Raises ValueError below 265, which leaves no room for the bytes.
+        A small text has few pairs to merge and gives fewer tokens: use `vocab_size` of the result.
+        Raises ValueError below 265, the number of bytes and special tokens.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {smallest}")
+            raise ValueError(f"vocab_size={vocab_size}: must be at least {smallest} (256 bytes and special tokens)")
         core = tokenizers.Tokenizer(models.BPE())
         core.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -154,11 +154,11 @@ class BPETokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
         for text in texts:
-            text.encode()  # refuses half of a surrogate pair with a ValueError; the library's TypeError says nothing
+            text.encode()  # ValueError for half of a surrogate pair; the library's TypeError is not informative
         pieces = [list(_cut(text)) for text in texts]
         flat = [piece for of_text in pieces for piece in of_text]
         ids: list[np.ndarray] = []
-        for first in range(0, len(flat), 64):  # the library takes some 100 bytes for each byte of a batch
+        for first in range(0, len(flat), 64):  # the library needs about 100 bytes per byte of a batch
             encodings = self._core.encode_batch_fast(flat[first : first + 64])
             ids += [np.array(encoding.ids, self.dtype) for encoding in encodings]
         of_piece = iter(ids)
@@ -169,7 +169,7 @@ class BPETokenizer(Tokenizer):
 
 
 class SymbolTokenizer(Tokenizer):
-    """A token for each of some symbols, the longest that fits first; knows no other text."""
+    """One token per symbol; the longest matching symbol is chosen. Other text cannot be encoded."""
 
     def __init__(self, symbols: Sequence[str]) -> None:
         super().__init__([symbol.encode() for symbol in symbols])
@@ -178,12 +178,12 @@ class SymbolTokenizer(Tokenizer):
         self._ids = {symbol: i for i, symbol in enumerate(symbols)}
 
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
-        """Raises ValueError for text that is not made of the symbols."""
+        """Encode each text. Raises ValueError for text that is not made of the symbols."""
         return [np.array([self._id(match) for match in self._pattern.finditer(text)], self.dtype) for text in texts]
 
     def _id(self, match: re.Match) -> int:
         if match[1] is not None:
-            raise ValueError(f"text {match.string!r}: {match[1]!r} is no symbol of this tokenizer")
+            raise ValueError(f"text {match.string!r}: {match[1]!r} is not a symbol of this tokenizer")
         return self._ids[match[0]]
 
     def _to_json(self) -> str:
@@ -191,9 +191,9 @@ class SymbolTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Read a tokenizer of any kind from its file, or from the directory that it was saved in.
+    """Load a tokenizer of any kind from its file, or from the directory that it was saved in.
 
-    Raises ValueError, one line, where the file is missing, damaged, or no tokenizer of this package.
+    Raises a one-line ValueError if the file is missing, damaged, or not a tokenizer of this package.
     """
     path = Path(path)
     path = path / _FILE if path.is_dir() else path
@@ -218,10 +218,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def _cut(text: str, length: int = 2**15) -> Iterator[str]:
-    """Pieces of about `length` characters whose tokens, one after the other, are those of the whole text.
+    """Split text into pieces of about `length` characters whose concatenated tokens are those of the whole text.
 
-    That holds where a single line break stands between visible characters: it is always a word of its own. A text
-    without such places stays whole.
+    Cuts are at single line breaks between visible characters, which are always separate words. Text without such line
+    breaks is not cut.
     """
     start = 0
     while cut := _BREAK.search(text, start + length):
@@ -231,7 +231,7 @@ def _cut(text: str, length: int = 2**15) -> Iterator[str]:
 
 
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes are written as themselves, the other ones as the characters from U+0100 on."""
+    """Return GPT-2's byte alphabet: printable bytes are themselves, the others are the characters from U+0100 on."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = {character: ord(character) for character in alphabet if ord(character) < 256}
     others = (byte for byte in range(256) if byte not in printable.values())

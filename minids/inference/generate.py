@@ -1,7 +1,7 @@
-"""Generation: one prefill of the whole batch, then a token per sequence and step from the cache.
+"""Text generation: a prefill of the whole batch, then cached decoding of one token per sequence and step.
 
-Notable choices: prompts of different length are padded on the right, where padding is harmless (its cache slots are
-written over before anything may look at them); a sequence that has stopped leaves the batch; temperature 0 is greedy.
+Notable choices: prompts of different lengths are padded on the right, where padding has no effect (its cache slots are
+overwritten before any token attends to them); finished sequences are removed from the batch; temperature 0 is greedy.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,54 +11,64 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minids.config import Share, check_fields
-from minids.model.transformer import KVCache, MiniDS
+from minids.config import Fraction, check_fields
+from minids.model.kv_cache import KVCache
+from minids.model.layers import at_least_float32
+from minids.model.transformer import MiniDS
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the logits. Temperature 0 takes the best; top_p cuts the tail before drawing."""
+    """Sampling of the next token from the logits."""
 
     temperature: float = 1.0
-    top_p: Share = 1.0
+    """Divisor of the logits; below 1 sharpens the distribution, 0 takes the most probable token (greedy)."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling: keep the most probable tokens that reach this total probability; 1 keeps all."""
 
     def __post_init__(self):
         check_fields(self, may_be_zero=("temperature",))
 
-    def probabilities(self, logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
-        """The distribution that tokens are drawn from; greedy is the one that has all its mass on the best token."""
+    def log_probabilities(self, logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
+        """Log-probabilities of the sampling distribution; -inf for tokens excluded by top_p or greedy decoding."""
         if self.temperature == 0:
-            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        p = (logits.float() / self.temperature).softmax(-1)
+            return torch.full_like(logits, -torch.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+        logp = (at_least_float32(logits) / self.temperature).log_softmax(-1)
         if self.top_p < 1:
-            ranked, order = p.sort(-1, descending=True)
+            ranked, order = logp.exp().sort(-1, descending=True)
             beyond = ranked.cumsum(-1) - ranked >= self.top_p
-            p = p.masked_fill(torch.zeros_like(beyond).scatter_(-1, order, beyond), 0.0)
-            p = p / p.sum(-1, keepdim=True)
-        return p
+            logp = logp.masked_fill(torch.zeros_like(beyond).scatter_(-1, order, beyond), -torch.inf).log_softmax(-1)
+        return logp
+
+    def probabilities(self, logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
+        """Probabilities of the sampling distribution."""
+        return self.log_probabilities(logits).exp()
 
     def draw(
         self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator | None = None
-    ) -> Int[Tensor, "batch"]:
-        """One token per row."""
+    ) -> tuple[Int[Tensor, "batch"], Float[Tensor, "batch"]]:
+        """Sample one token per row; return the tokens and their log-probabilities."""
         if self.temperature == 0:
-            return logits.argmax(-1)
-        return torch.multinomial(self.probabilities(logits), 1, generator=generator)[:, 0]
+            best = logits.argmax(-1)
+            return best, logits.new_zeros(best.shape)
+        logp = self.log_probabilities(logits)
+        tokens = torch.multinomial(logp.exp(), 1, generator=generator)
+        return tokens[:, 0], logp.gather(1, tokens)[:, 0]
 
 
 def check_prompts(model: MiniDS, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise `ValueError` for a prompt that is empty, holds an unknown token or does not fit the context."""
+    """Raise `ValueError` for a prompt that is empty, has an unknown token, or exceeds the context length."""
     context, vocab = model.config.max_position_embeddings, model.config.vocab_size
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
     if not prompts:
-        raise ValueError("prompts=[]: there must be at least one")
+        raise ValueError("prompts=[]: must hold at least one prompt")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty: it must hold at least one token")
         if len(prompt) + max_new_tokens > context:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and {max_new_tokens} are to follow: the context holds {context}"
+                f"prompt {i} has {len(prompt)} tokens, max_new_tokens={max_new_tokens}: the context holds {context}"
             )
         if not (0 <= min(prompt) and max(prompt) < vocab):
             raise ValueError(f"prompt {i} holds token {max(prompt)}: the vocabulary has {vocab}")
@@ -67,9 +77,9 @@ def check_prompts(model: MiniDS, prompts: Sequence[Sequence[int]], max_new_token
 def prefill(
     model: MiniDS, prompts: Sequence[Sequence[int]], cache: KVCache, chunk: int | None = None
 ) -> tuple[Float[Tensor, "batch longest dim"], Int[Tensor, "batch longest"]]:
-    """Read all prompts into an empty cache, `chunk` positions at a time; returns the hidden states and padded prompts.
+    """Prefill an empty cache with all prompts, `chunk` positions at a time; return hidden states and padded prompts.
 
-    Padding lies right of each prompt; the cache keeps the true lengths.
+    Prompts are padded on the right; the cache has the lengths without padding.
     """
     device = cache.lengths.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -90,18 +100,21 @@ def stream(
     stop: Sequence[int] = (),
     generator: torch.Generator | None = None,
     prefill_chunk: int | None = None,
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield after each step which prompts got a token and which; a prompt falls out once it got one of `stop`."""
+) -> Iterator[tuple[list[int], list[int], list[float]]]:
+    """Generate; yield after each step the active prompts' indices, their new tokens, and the log-probabilities.
+
+    A prompt is active until one of the `stop` tokens was generated. Raises `ValueError` as `check_prompts` does.
+    """
     check_prompts(model, prompts, max_new_tokens)
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
     hidden, _ = prefill(model, prompts, cache, prefill_chunk)
-    hidden = hidden[torch.arange(len(prompts)), cache.lengths - 1][:, None]
+    hidden = hidden[torch.arange(len(prompts)), cache.lengths - 1][:, None]  # [batch, 1, dim]
     alive = list(range(len(prompts)))
     stop = set(stop)
     for left in reversed(range(max_new_tokens)):
-        tokens = sampling.draw(model.logits(hidden)[:, -1], generator)
+        tokens, logps = sampling.draw(model.logits(hidden)[:, -1], generator)
         drawn = tokens.tolist()
-        yield alive, drawn
+        yield alive, drawn, logps.tolist()
         going = [row for row, token in enumerate(drawn) if token not in stop]
         if not going or not left:
             return
@@ -114,13 +127,13 @@ def stream(
 
 
 def generate(model: MiniDS, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
-    """The tokens that follow each prompt, up to and including the stop token if one came.
+    """Generate a completion of each prompt, up to `max_new_tokens` tokens or a stop token, which is included.
 
     Options as in `stream`: max_new_tokens, sampling, stop, generator, prefill_chunk. Raises `ValueError` for prompts
-    that are empty, too long or out of the vocabulary.
+    that are empty, too long or not within the vocabulary.
     """
     completions = [[] for _ in prompts]
-    for alive, drawn in stream(model, prompts, **options):
+    for alive, drawn, _ in stream(model, prompts, **options):
         for i, token in zip(alive, drawn, strict=True):
             completions[i].append(token)
     return completions

@@ -1,8 +1,8 @@
-"""Speculative decoding: the MTP modules propose the tokens after the next, the model checks them all in one pass.
+"""Speculative decoding: the MTP modules draft tokens, and the model verifies all drafts in one forward pass.
 
-Notable choices: nothing is accepted on trust, so the text has exactly the distribution of plain decoding (greedy: the
-same tokens); sequences of a batch accept different numbers of tokens and keep their own lengths; rejected tokens are
-not cleaned up, their cache slots are written over.
+Notable choices: drafts are verified by rejection sampling, so the text has exactly the distribution of plain decoding
+(greedy: the same tokens); sequences of a batch accept different numbers of tokens and have their own lengths; the cache
+slots of rejected tokens are overwritten later.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,26 @@ from minids.model.transformer import MiniDS
 
 @dataclass
 class Acceptance:
-    """How the drafts fared: `accepted[k-1]` counts the rounds in which the first k drafts were all accepted."""
+    """Acceptance statistics: `accepted[k-1]` counts the rounds in which the first k drafts were all accepted.
+
+    A round is one verification of one sequence.
+    """
 
     rounds: int = 0
     accepted: list[int] = field(default_factory=list)
 
     def rate(self, depth: int = 1) -> float:
-        """The share of rounds in which the draft of this depth was accepted."""
+        """Fraction of rounds in which the draft of this depth was accepted."""
         return self.accepted[depth - 1] / self.rounds
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens gained by one pass of the model: the accepted drafts and the one it draws itself."""
+        """Mean number of tokens per forward pass: the accepted drafts and one token of the model."""
         return 1 + sum(self.accepted) / self.rounds
 
 
 class _Sequences:
-    """The batch as it grows. Of each sequence `known` tokens are settled; the model has read all but the last."""
+    """State of the batch: `known` tokens of each sequence are final; all but the last of them are in the cache."""
 
     def __init__(self, model: MiniDS, prompts: Sequence[Sequence[int]], slots: int):
         self.model = model
@@ -45,20 +48,20 @@ class _Sequences:
         self.hidden = hidden.new_zeros(batch, slots, hidden.shape[-1])
         self.hidden[:, : hidden.shape[1]] = hidden
         self.tokens[:, : hidden.shape[1]] = prompt_tokens
-        self.known = self.cache.lengths
+        self.known = self.cache.lengths  # [batch]
 
     @property
     def rows(self) -> Int[Tensor, "batch 1"]:
         return torch.arange(len(self.known), device=self.known.device)[:, None]
 
     def settle(self, tokens: Int[Tensor, "batch new"], count: Int[Tensor, "batch"]) -> None:
-        """Append `tokens`, of which the first `count` are settled."""
+        """Append `tokens`, of which the first `count` are final."""
         self.tokens[self.rows, self.known[:, None] + torch.arange(tokens.shape[1], device=count.device)] = tokens
         self.known = self.known + count
         self.cache.truncate(self.known - 1)
 
     def keep(self, rows: Int[Tensor, "kept"]) -> None:
-        """Drop every sequence but these."""
+        """Keep only these sequences of the batch."""
         self.cache.keep(rows)
         self.mtp_cache.keep(rows)
         self.tokens, self.hidden, self.known = self.tokens[rows], self.hidden[rows], self.known[rows]
@@ -66,30 +69,30 @@ class _Sequences:
     def draft(
         self, window: int, sampling: Sampling, generator: torch.Generator | None
     ) -> tuple[Int[Tensor, "batch depths"], Float[Tensor, "batch depths vocab"]]:
-        """A token from each MTP module in turn, and the distributions that they were drawn from.
+        """Sample a draft from each MTP module in turn; return the drafts and their distributions.
 
-        Module k reads the last `window` positions that the model has read, with the token k places after each: settled
-        ones, and at the end the drafts of the modules before it. Longer memories come from its cache.
+        Module k processes the last `window` positions of the model's hidden states, each with the token k places later:
+        final tokens, and at the end the drafts of the modules before it. Earlier positions are in its cache.
         """
         start = (self.known - 1 - window).clamp_min(0)
         self.mtp_cache.truncate(start)
         positions = start[:, None] + torch.arange(window, device=start.device)
         last = (self.known - 2 - start)[:, None]
-        step = self.model.step(positions, self.mtp_cache)
+        context = self.model.attention_context(positions, self.mtp_cache)
         hidden = self.hidden[self.rows, positions]
         tokens, drafts, chances = self.tokens.clone(), [], []
         for depth, module in enumerate(self.model.mtp, start=1):
             following = tokens[self.rows, (positions + depth).clamp_max(tokens.shape[1] - 1)]
             embedding = self.model.embedding(following)
-            hidden, _ = module(hidden, embedding, step, self.mtp_cache.layers[depth - 1])
+            hidden, _ = module(hidden, embedding, context, self.mtp_cache.layers[depth - 1])
             logits = self.model.head(module.norm(hidden[self.rows, last]))[:, 0]
-            drafts.append(sampling.draw(logits, generator))
+            drafts.append(sampling.draw(logits, generator)[0])
             chances.append(sampling.probabilities(logits))
             tokens[self.rows[:, 0], self.known + depth - 1] = drafts[-1]
         return torch.stack(drafts, 1), torch.stack(chances, 1)
 
     def read(self, drafts: Int[Tensor, "batch depths"]) -> Float[Tensor, "batch depths_plus_1 vocab"]:
-        """Let the model read the last settled token and the drafts; its logits after each of them."""
+        """Run the model on the last final token and the drafts; return its logits after each of them."""
         newest = self.tokens[self.rows, self.known[:, None] - 1]
         hidden, _ = self.model.trunk(torch.cat((newest, drafts), 1), self.cache)
         offsets = torch.arange(hidden.shape[1], device=drafts.device)
@@ -103,11 +106,11 @@ def verify(
     chances: Float[Tensor, "batch depths_plus_1 vocab"],
     generator: torch.Generator | None = None,
 ) -> tuple[Int[Tensor, "batch depths_plus_1"], Int[Tensor, "batch"]]:
-    """Rejection sampling: the settled tokens and how many of them count, with exactly the distribution `chances`.
+    """Verify drafts by rejection sampling; return the tokens and their number, distributed exactly as `chances` (p).
 
-    Draft x is accepted with probability min(1, p(x) / q(x)). At the first rejection the token is drawn from the part of
-    p that q has not covered, max(p - q, 0) normalised; if there is none, one more is drawn from p after the last draft.
-    Greedy is the case where p and q have all their mass on one token. (PITFALLS 20.)
+    Draft x is accepted with probability min(1, p(x) / q(x)), q being `draft_chances`. After the first rejection a token
+    is sampled from the normalised residual max(p - q, 0); if all drafts are accepted, one more is sampled from p.
+    In greedy decoding p and q have all their mass on one token. (PITFALLS 20.)
     """
     batch, depths = drafts.shape
     p = chances[:, :-1].gather(-1, drafts[..., None])[..., 0]
@@ -132,7 +135,7 @@ def generate_speculatively(
     stop: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> tuple[list[list[int]], Acceptance]:
-    """As `generate`, faster by the drafts that are accepted; also returns how many were.
+    """Generate as `generate` does, with speculative decoding; also return the acceptance statistics.
 
     Raises `ValueError` as `generate` does, and for a model without MTP modules.
     """
@@ -142,7 +145,8 @@ def generate_speculatively(
     check_prompts(model, prompts, max_new_tokens + depths)
     sequences = _Sequences(model, prompts, max(map(len, prompts)) + max_new_tokens + depths)
     first = sequences.hidden[sequences.rows, sequences.known[:, None] - 1]
-    sequences.settle(sampling.draw(model.logits(first)[:, 0], generator)[:, None], torch.ones_like(sequences.known))
+    token, _ = sampling.draw(model.logits(first)[:, 0], generator)
+    sequences.settle(token[:, None], torch.ones_like(sequences.known))
 
     completions: list[list[int]] = [[] for _ in prompts]
     acceptance = Acceptance(accepted=[0] * depths)
@@ -159,7 +163,8 @@ def generate_speculatively(
             sequences.keep(torch.tensor(going, device=sequences.known.device))
             alive = [alive[row] for row in going]
         drafts, draft_chances = sequences.draft(window, sampling, generator)
-        # A round settles up to depths + 1 tokens, and the depths - 1 before them were read with drafts beside them.
+        # A round adds up to depths + 1 tokens; the depths - 1 before them must be processed again,
+        # because the tokens next to them were drafts.
         window = min(2 * depths, sequences.tokens.shape[1])
         chances = sampling.probabilities(sequences.read(drafts))
         settled, count = verify(drafts, draft_chances, chances, generator)
@@ -171,7 +176,7 @@ def generate_speculatively(
 
 
 def _extend(completion: list[int], tokens: list[int], limit: int, stop: Sequence[int]) -> bool:
-    """Append tokens until the limit or a stop token; whether that was reached."""
+    """Append tokens up to the limit or a stop token; return whether one was reached."""
     for token in tokens:
         completion.append(token)
         if token in stop or len(completion) == limit:

@@ -1,10 +1,10 @@
-"""Hugging Face folders of DeepSeek-V3, in and out: config.json and safetensors.
+"""Import and export of DeepSeek-V3 checkpoints in Hugging Face's format: config.json and safetensors.
 
 Notable choices:
-- names, shapes and number formats are checked from the files' headers before memory is taken for the model;
-- each tensor goes from the memory-mapped file to its place in the model, one at a time; nothing is ever unpickled;
-- an export appears when it is complete and on disk, or not at all.
-Not covered: a bit flipped inside a tensor, because safetensors carry no checksums.
+- names, shapes and dtypes are checked from the files' headers before memory is allocated for the model;
+- tensors are copied from the memory-mapped files into the model one at a time; nothing is unpickled;
+- an export is written atomically.
+Not covered: flipped bits inside a tensor, because safetensors files have no checksums.
 """
 
 import json
@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minids.config import ModelConfig
-from minids.files import save_tensors, written_whole
+from minids.files import atomic_directory, save_tensors
+from minids.fp8.formats import dequantize, quantize
 from minids.interop.names import EMBEDDING, across, released_tensors, shared_copies
-from minids.model.fp8 import dequantize, quantize
 from minids.model.transformer import MiniDS
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -38,14 +38,14 @@ EXPORTED = re.compile(
 def save_pretrained(
     model: MiniDS, directory: str | os.PathLike, *, fp8: bool = False, max_shard_bytes: int = 5 * 2**30
 ) -> None:
-    """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` and `load_pretrained` read.
+    """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` and `load_pretrained` can read.
 
-    Tensors keep their number format, but with `fp8` the matrices of all linear layers and experts are written as the
-    release does: E4M3 with a float32 scale for each block of 128 x 128 (FACTS.md section 5). Beyond `max_shard_bytes`
-    tensors are spread over several files with an index.
-    `directory` may be new, empty or an earlier export, and changes only once the new one is complete. Raises
-    `ValueError` for any other directory and for a model that a DeepSeek-V3 config cannot express, `OSError` where the
-    disk refuses.
+    Tensors keep their dtype; with `fp8` the matrices of all linear layers and experts are written as in the release,
+    in E4M3 with a float32 scale per block of 128 x 128 (FACTS.md section 5). Above `max_shard_bytes` the tensors are
+    distributed over several files with an index.
+    `directory` may be new, empty or an earlier export, which is replaced once the new one is complete. Raises
+    `ValueError` for any other directory and for a model that a DeepSeek-V3 config cannot express, `OSError` if writing
+    fails.
     """
     directory = Path(directory)
     if max_shard_bytes < 1:
@@ -56,15 +56,15 @@ def save_pretrained(
     if fp8:
         tensors = {part: each for name, tensor in tensors.items() for part, each in _in_fp8(name, tensor).items()}
         fields["quantization_config"] = FP8
-    # Cloned, because safetensors refuses two names for the same memory.
+    # Cloned, because safetensors does not accept two names for the same memory.
     tensors |= {copy: tensors[original].clone() for copy, original in shared_copies(model.config).items()}
     shards = _shards(tensors, max_shard_bytes)
-    with written_whole(directory) as folder:
+    with atomic_directory(directory) as folder:
         _write_json(folder / CONFIG, fields)
         for file, names in shards.items():
             shard = {name: tensors[name].contiguous() for name in names}
             save_tensors(shard, folder / file)
-            shutil.copymode(folder / CONFIG, folder / file)  # safetensors lets nobody but the owner read
+            shutil.copymode(folder / CONFIG, folder / file)  # safetensors makes files readable by the owner only
         if len(shards) > 1:
             size = sum(tensor.nbytes for tensor in tensors.values())
             weight_map = {name: file for file, names in shards.items() for name in names}
@@ -79,12 +79,11 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     mtp: bool = True,
 ) -> MiniDS:
-    """Read a DeepSeek-V3 or V2 folder: a release (FP8 too), one saved by transformers, or an export of this package.
+    """Load a DeepSeek-V3 or V2 folder: a release (also in FP8), one saved by transformers, or an export of minids.
 
-    The model takes the number format of the stored embedding unless `dtype` says otherwise; FP8 weights are
-    dequantised to it. It has as many prediction modules as the files hold, or none if `mtp` is false. Raises
-    `ValueError` naming the file, field or tensor that is missing, superfluous, damaged, of the wrong shape, or not
-    DeepSeek's.
+    The model has the dtype of the stored embedding unless `dtype` is given; FP8 weights are dequantised to it. It has
+    as many MTP modules as the files, or none if `mtp` is false. Raises `ValueError` naming the file, field or tensor
+    that is missing, unexpected, damaged, of another shape or dtype, or not DeepSeek's.
     """
     directory = Path(directory)
     fields = _read_json(directory / CONFIG)
@@ -93,7 +92,7 @@ def load_pretrained(
     with ExitStack() as stack:
         files = _open_tensors(directory, stack)
         least = config.num_hidden_layers + config.num_moe_layers * config.n_routed_experts
-        if len(files) < least:  # before a damaged config asks for a billion layers
+        if len(files) < least:  # a damaged config could demand a billion layers
             raise ValueError(f"{directory}: holds {len(files)} tensors, a model of its config.json at least {least}")
         layer = {name: int(match[1]) for name in files if (match := re.match(r"model\.layers\.(\d+)\.", name))}
         beyond = {name: i for name, i in layer.items() if i >= config.num_hidden_layers}
@@ -110,12 +109,12 @@ def load_pretrained(
 
 
 def _config_fields(model: MiniDS) -> dict[str, Any]:
-    """config.json: what Hugging Face knows, and under "minids" the fields that it would lose."""
+    """Build config.json: Hugging Face's fields, and under "minids" the fields that they cannot express."""
     fields = model.config.to_hf()
     kept = ModelConfig.from_hf(fields).to_dict()
     return fields | {
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
-        # Special tokens are the tokenizer's affair; left out, transformers would take 0 and 1.
+        # Special tokens are defined by the tokenizer; without these entries transformers would use 0 and 1.
         "bos_token_id": None,
         "eos_token_id": None,
         "minids": {name: value for name, value in model.config.to_dict().items() if value != kept[name]},
@@ -123,7 +122,7 @@ def _config_fields(model: MiniDS) -> dict[str, Any]:
 
 
 def _read_config(fields: dict[str, Any]) -> ModelConfig:
-    """The inverse of `_config_fields`, for a config.json from anywhere."""
+    """Invert `_config_fields`; also reads the config.json of other checkpoints."""
     own = fields.get("minids", {})
     if not isinstance(own, dict):
         raise ValueError(f"minids={own!r}: must be an object")
@@ -131,32 +130,32 @@ def _read_config(fields: dict[str, Any]) -> ModelConfig:
 
 
 def _fp8_block(fields: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale in an FP8 folder, None in any other; other quantisations are refused."""
+    """Return the block size of an FP8 checkpoint, None without quantisation. Raises ValueError for other formats."""
     quantization = fields.get("quantization_config")
     match quantization:
         case None:
             return None
         case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]} if rows > 0 and columns > 0:
             return rows, columns
-    raise ValueError(f"quantization_config={quantization!r}: must be fp8 with a weight_block_size of two numbers")
+    raise ValueError(f"quantization_config={quantization!r}: must be fp8 with a weight_block_size of two integers")
 
 
 def _shards(tensors: dict[str, Tensor], max_bytes: int) -> dict[str, list[str]]:
-    """Which file holds which tensors: in order, a new file where the next tensor would exceed `max_bytes`."""
-    groups, room = [[]], max_bytes
+    """Assign tensors to files in order; a new file starts if the next tensor would exceed `max_bytes`."""
+    groups, free_bytes = [[]], max_bytes
     for name, tensor in tensors.items():
-        if tensor.nbytes > room and groups[-1]:
+        if tensor.nbytes > free_bytes and groups[-1]:
             groups.append([])
-            room = max_bytes
+            free_bytes = max_bytes
         groups[-1].append(name)
-        room -= tensor.nbytes
+        free_bytes -= tensor.nbytes
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
 def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
-    """The open file that holds each tensor. A single file goes before an index, as in transformers."""
+    """Open all files; map each tensor to its file. A single file takes precedence over an index, as in transformers."""
     index = None
     if not (directory / SINGLE).exists():
         if not (directory / INDEX).exists():
@@ -174,12 +173,12 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
         held_by |= dict.fromkeys(opened.keys(), file)
     if index is not None and index != held_by:
         name = min(name for name in index.keys() | held_by.keys() if index.get(name) != held_by.get(name))
-        raise ValueError(f"{name}: {INDEX} says it lies in {index.get(name)}, but it lies in {held_by.get(name)}")
+        raise ValueError(f"{name}: {INDEX} names the file {index.get(name)}, but it is in {held_by.get(name)}")
     return files
 
 
 def _check_tensors(files: dict[str, Any], model: MiniDS, block: tuple[int, int] | None) -> None:
-    """Compare what the files hold with what the model needs, by the headers; only shared weights are read."""
+    """Compare the files' headers with the tensors of the model; only the values of shared weights are read."""
     shapes = {name: list(tensor.shape) for name, tensor in released_tensors(model).items()}
     copies = {copy: original for copy, original in shared_copies(model.config).items() if copy in files}
     shapes |= {copy: shapes[original] for copy, original in copies.items()}
@@ -191,7 +190,7 @@ def _check_tensors(files: dict[str, Any], model: MiniDS, block: tuple[int, int] 
         if name not in files:
             raise ValueError(f"{name}: is missing")
         if name not in shapes:
-            raise ValueError(f"{name}: does not belong to this model")
+            raise ValueError(f"{name}: is not a tensor of this model")
         stored = files[name].get_slice(name)
         formats = ("F8_E4M3",) if _scale_name(name) in shapes else ("F64", "F32", "F16", "BF16")
         if stored.get_shape() != shapes[name]:
@@ -204,7 +203,7 @@ def _check_tensors(files: dict[str, Any], model: MiniDS, block: tuple[int, int] 
 
 
 def _read(files: dict[str, Any], name: str, block: tuple[int, int] | None) -> Float[Tensor, "..."]:
-    """One stored tensor; where it is FP8, each block is multiplied by its scale (PITFALLS 21)."""
+    """Read one tensor; FP8 tensors are dequantised block by block (PITFALLS 21)."""
     tensor = files[name].get_tensor(name)
     scale_name = _scale_name(name)
     if scale_name not in files:
@@ -213,15 +212,15 @@ def _read(files: dict[str, Any], name: str, block: tuple[int, int] | None) -> Fl
 
 
 def _in_fp8(name: str, tensor: Float[Tensor, "..."]) -> dict[str, Float[Tensor, "..."]]:
-    """What an FP8 folder holds in place of `tensor`: numbers and their scales, or the tensor itself."""
+    """Return the tensors of an FP8 checkpoint for `tensor`: FP8 values and their scales, or the tensor itself."""
     if not _may_be_fp8(name):
         return {name: tensor}
-    numbers, scale = quantize(tensor, tuple(FP8["weight_block_size"]))
-    return {name: numbers, _scale_name(name): scale}
+    values, scale = quantize(tensor, tuple(FP8["weight_block_size"]))
+    return {name: values, _scale_name(name): scale}
 
 
 def _may_be_fp8(name: str) -> bool:
-    """As released: every linear layer may be FP8; embedding, head, gate and norms never are."""
+    """Whether a tensor may be FP8, as in the release: linear layers, but not embedding, head, gate and norms."""
     return "_proj" in name
 
 
@@ -237,7 +236,7 @@ def _check_replaceable(directory: Path) -> None:
     names = sorted(path.name for path in directory.iterdir())
     foreign = [name for name in names if not EXPORTED.fullmatch(name)]
     if foreign or names and not (CONFIG in names and "minids" in _read_json(directory / CONFIG)):
-        raise ValueError(f"{directory}: is no earlier export (it holds {(foreign or names)[0]!r}) and stays as it is")
+        raise ValueError(f"{directory}: is not an earlier export (it holds {(foreign or names)[0]!r}): choose another")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -246,7 +245,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold an object")
+        raise ValueError(f"{path}: must hold a JSON object")
     return content
 
 

@@ -1,9 +1,9 @@
-"""What DeepSeek's release calls each tensor of a `MiniDS`, and where the two lay a tensor out differently.
+"""Tensor names and layouts of DeepSeek's release for the parameters of a `MiniDS`.
 
-One table serves both directions: `released_tensors` gives views of the model's own parameters under the released
-names; saving reads them, loading writes into them. Two layouts differ: experts are stacked [expert, in, out] here and
-separate [out, in] there (the views are transposed), and the MTP projection has its column halves the other way round
-(`across`). Rotated pairs are neighbours (2i, 2i+1) in both, so nothing is permuted.
+One table serves both directions: `released_tensors` returns views of the model's parameters under the released names;
+saving reads the views, loading writes into them. Two layouts differ: experts are stacked [expert, in, out] in minids
+and separate [out, in] in the release (the views are transposed), and the column halves of the MTP projection are
+swapped (`across`). RoPE rotates adjacent pairs (2i, 2i+1) in both, so no channels are permuted.
 """
 
 from torch import Tensor
@@ -16,9 +16,9 @@ TOP = {"embedding.weight": EMBEDDING, "norm.weight": "model.norm.weight", "head.
 BLOCK = {
     "attention_norm.weight": "input_layernorm.weight",
     "attention.q_proj.weight": "self_attn.q_proj.weight",
-    "attention.q_proj.0.weight": "self_attn.q_a_proj.weight",
-    "attention.q_proj.1.weight": "self_attn.q_a_layernorm.weight",
-    "attention.q_proj.2.weight": "self_attn.q_b_proj.weight",
+    "attention.q_down_proj.weight": "self_attn.q_a_proj.weight",
+    "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attention.q_up_proj.weight": "self_attn.q_b_proj.weight",
     "attention.kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
     "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
     "attention.kv_up_proj.weight": "self_attn.kv_b_proj.weight",
@@ -45,17 +45,17 @@ MTP = {
 
 
 def released_name(own: str, num_hidden_layers: int) -> str:
-    """The released name of a parameter; prediction module k is layer num_hidden_layers + k there."""
+    """Return the released name of a parameter; MTP module k is layer num_hidden_layers + k there."""
     if own in TOP:
         return TOP[own]
-    room, i, rest = own.split(".", 2)
-    if room == "layers":
+    part, i, rest = own.split(".", 2)
+    if part == "layers":
         return f"model.layers.{i}.{BLOCK[rest]}"
     return f"model.layers.{num_hidden_layers + int(i)}.{MTP[rest]}"
 
 
 def released_tensors(model: MiniDS) -> dict[str, Tensor]:
-    """Every released name and a view of what it names in the model, in the shape that the release gives it."""
+    """Map every released name to a view of the model's parameter, in the released shape."""
     tensors = {}
     for own, parameter in model.named_parameters():
         name = released_name(own, model.config.num_hidden_layers)
@@ -67,7 +67,7 @@ def released_tensors(model: MiniDS) -> dict[str, Tensor]:
 
 
 def shared_copies(config: ModelConfig) -> dict[str, str]:
-    """The release repeats embedding and head in every prediction layer: {name of the copy: name of the original}."""
+    """Map copies to originals: the release repeats embedding and head in every MTP layer."""
     first = config.num_hidden_layers
     return {
         f"model.layers.{i}.{name}": original
@@ -77,9 +77,9 @@ def shared_copies(config: ModelConfig) -> dict[str, str]:
 
 
 def across(name: str, tensor: Tensor) -> Tensor:
-    """Carry the values of a tensor over the border, in either direction.
+    """Convert the values of a tensor between minids and the release, in either direction.
 
-    The MTP projection reads [hidden; embedding] here, as in the paper, and [embedding; hidden] in the release, so the
-    halves of its columns change places (PITFALLS 17).
+    The input of the MTP projection is [hidden; embedding] in minids, as in the paper, and [embedding; hidden] in the
+    release, so the halves of its columns are swapped (PITFALLS 17).
     """
     return tensor.roll(tensor.shape[1] // 2, dims=1) if name.endswith(".eh_proj.weight") else tensor

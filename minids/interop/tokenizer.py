@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint from elsewhere: tokenizer.json and tokenizer_config.json, as in transformers."""
+"""Tokenizers of imported checkpoints: tokenizer.json and tokenizer_config.json, as in transformers."""
 
 import json
 import os
@@ -10,17 +10,18 @@ import tokenizers
 from jaxtyping import Integer
 
 from minids.data.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_of_character
-from minids.files import write_text_whole
+from minids.files import atomic_write_text
 
 _CONFIG, _GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 class CheckpointTokenizer(Tokenizer):
-    """Byte-level BPE with the checkpoint's own ids and special tokens; <bos> and <eos> are what its files name so.
+    """Byte-level BPE with the checkpoint's ids and special tokens; its files define <bos> and <eos>.
 
-    `token_id` gives -1, which no model draws, for those of SPECIAL_TOKENS that the vocabulary does not have, and
-    `encode(..., allow_special=True)` reads the checkpoint's own special tokens. The vocabulary is the model's: ids that
-    only pad it are U+FFFD. Raises `ValueError`, one line, where a file is missing or damaged, or has no such tokens.
+    `token_id` returns -1, which is never sampled, for those of SPECIAL_TOKENS that the vocabulary lacks, and
+    `encode(..., allow_special=True)` recognises the checkpoint's special tokens. The vocabulary size is the model's:
+    padding ids decode to U+FFFD. Raises a one-line `ValueError` if a file is missing or damaged, or does not define
+    these tokens.
     """
 
     def __init__(self, directory: str | os.PathLike) -> None:
@@ -46,18 +47,18 @@ class CheckpointTokenizer(Tokenizer):
         self._text = [b"" if i in added and added[i].special else shown for i, shown in enumerate(self._shown)]
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        self._core.encode_special_tokens = not allow_special  # the library's name for: read them as plain text
+        self._core.encode_special_tokens = not allow_special  # in the library: treat their names as plain text
         return self._core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
         return [np.array(self.encode(text), self.dtype) for text in texts]
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the files beside an export: transformers then encodes, decodes and stops as with the checkpoint."""
+        """Write the tokenizer's files into an export, for transformers to encode, decode and stop identically."""
         super().save(directory)
         stops = {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id}
         for name, content in ((_CONFIG, self._config), (_GENERATION, stops)):
-            write_text_whole(Path(directory, name), json.dumps(content, ensure_ascii=False, indent=2))
+            atomic_write_text(Path(directory, name), json.dumps(content, ensure_ascii=False, indent=2))
 
     def _to_json(self) -> str:
         return self._core.to_str()

@@ -1,9 +1,24 @@
-"""MiniDS: the blocks, the multi-token prediction modules, and the whole model.
+"""MiniDS: the complete model, with embedding, layers, output head and multi-token prediction (MTP) modules.
 
-Notable choices: pre-norm residual blocks; the first layers dense, the rest mixtures of experts; embedding and head are
-separate matrices, and the prediction modules use the same two; a forward pass mutates nothing but the cache handed in.
+Notable choices: pre-norm residual layers; the first layers are dense, the others mixtures of experts; embedding and
+output head are separate matrices, which the MTP modules share; a forward pass changes no state but the given cache.
+
+Dimensions in shape annotations and comments, in all of `minids.model`:
+    batch             sequences in a batch (b)
+    seq               tokens per sequence in this forward pass (t)
+    slots             positions of the cache; a token attends to those up to its own (s)
+    dim               width of the residual stream, `hidden_size`
+    vocab             tokens in the vocabulary
+    heads, kv_heads   query heads, and key-value heads of GQA (h)
+    nope, rope        unrotated and rotated part of a query or key head; query_dim = nope + rope
+    kv_rank, q_rank   widths of the key-value and the query latent of MLA
+    entry, width      values cached per token and layer; in MLA kv_rank + rope
+    pairs             pairs of channels that RoPE rotates, rope / 2
+    experts, k        routed experts of a layer, and those chosen per token
+    tokens, rows      batch * seq; copies of tokens sorted by expert, tokens * k
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,111 +26,35 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
-from minids.model.attention import Cache, GroupedQueryAttention, MultiHeadLatentAttention, Step
-from minids.model.layers import RMSNorm, SwiGLU, rotations
-from minids.model.moe import Experts, MoE, Router, Routing, update_balance_bias
+from minids.model.block import Block
+from minids.model.kv_cache import AttentionContext, KVCache
+from minids.model.layers import RMSNorm
+from minids.model.moe import Experts, Router, Routing, update_balance_bias
+from minids.model.mtp import MTPModule
+from minids.model.rope import rotations
 
-TO_STREAM = (".o_proj.weight", ".down_proj", ".down_proj.weight")  # the matrices whose output joins the stream
-
-
-class Block(nn.Module):
-    """One layer: attention, then a dense or a mixture feed-forward, each on the normalised stream and added to it."""
-
-    def __init__(self, config: ModelConfig, dense: bool):
-        super().__init__()
-        attention = MultiHeadLatentAttention if config.attention == "mla" else GroupedQueryAttention
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = attention(config)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.ffn = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
-
-    def forward(
-        self, x: Float[Tensor, "batch seq dim"], step: Step, cache: Cache | None = None
-    ) -> tuple[Float[Tensor, "batch seq dim"], Routing | None]:
-        x = x + self.attention(self.attention_norm(x), step, cache)
-        out = self.ffn(self.ffn_norm(x))
-        out, routing = out if isinstance(self.ffn, MoE) else (out, None)
-        return x + out, routing
-
-
-class MTPModule(nn.Module):
-    """One depth of multi-token prediction: from h_i and the embedding of a later token, the stream one token further.
-
-    V3 eq. 21-22 with the paper's order, [hidden; embedding]; released weights have it the other way round, which
-    `interop.hf` turns. The hidden state is the stream before the final norm, in training and in drafting alike
-    (the paper leaves this open; PITFALLS 19).
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.embedding_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.block = Block(config, dense=config.num_moe_layers == 0)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden: Float[Tensor, "batch seq dim"],
-        embedding: Float[Tensor, "batch seq dim"],
-        step: Step,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Tensor, "batch seq dim"], Routing | None]:
-        joined = torch.cat((self.hidden_norm(hidden), self.embedding_norm(embedding)), -1)
-        return self.block(self.proj(joined), step, cache)
+WRITES_TO_RESIDUAL = (".o_proj.weight", ".down_proj", ".down_proj.weight")  # matrices that write to the residual stream
 
 
 @dataclass
 class Output:
-    """What a forward pass returns."""
+    """Output of a forward pass."""
 
     logits: Float[Tensor, "batch seq vocab"]
-    hidden: Float[Tensor, "batch seq dim"]  # the stream before the final norm: what MTP continues from
+    hidden: Float[Tensor, "batch seq dim"]  # residual stream before the final norm; input of MTP
     mtp_logits: list[Tensor] = field(default_factory=list)  # depth k = 1..D: [batch, seq - k, vocab]
-    routings: list[Routing] = field(default_factory=list)  # one per MoE layer that ran, the MTP modules' last
+    routings: list[Routing] = field(default_factory=list)  # one per MoE layer that ran; MTP modules last
 
     @property
-    def loads(self) -> Int[Tensor, "layers experts"]:
-        """Tokens sent to each expert, a row per MoE layer that ran, the MTP modules' rows last; [0, 0] if dense."""
+    def tokens_per_expert(self) -> Int[Tensor, "layers experts"]:
+        """Number of tokens per expert, one row per MoE layer that ran, MTP modules last; shape [0, 0] if dense."""
         if not self.routings:
             return torch.zeros(0, 0, dtype=torch.int64)
-        return torch.stack([routing.load for routing in self.routings])
-
-
-class KVCache:
-    """What has been read of each sequence of a batch: a cache tensor per layer, and how many positions are valid."""
-
-    def __init__(self, blocks: list[Block], batch: int, slots: int):
-        weight = blocks[0].attention.o_proj.weight
-        self.layers = [weight.new_zeros(batch, slots, block.attention.cache_width) for block in blocks]
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        self.longest = 0  # no length exceeds it; known without asking the device
-
-    @property
-    def slots(self) -> int:
-        return self.layers[0].shape[1]
-
-    def advance(self, tokens: int) -> None:
-        """Count the tokens that were just written for every sequence."""
-        self.lengths = self.lengths + tokens
-        self.longest += tokens
-
-    def truncate(self, lengths: Int[Tensor, "batch"]) -> None:
-        """Forget what lies beyond these lengths; its slots are simply written again."""
-        self.lengths, self.longest = lengths, int(lengths.max())
-
-    def keep(self, rows: Int[Tensor, "kept"]) -> None:
-        """Drop every sequence but these."""
-        self.layers = [layer[rows] for layer in self.layers]
-        self.truncate(self.lengths[rows])
-
-    def num_bytes(self) -> int:
-        """Memory of all layers, in bytes."""
-        return sum(layer.nbytes for layer in self.layers)
+        return torch.stack([routing.tokens_per_expert for routing in self.routings])
 
 
 class MiniDS(nn.Module):
-    """DeepSeek-V3 (FACTS.md sections 1 to 4), or by another config one of the models it is compared with."""
+    """DeepSeek-V3 (FACTS.md sections 1 to 4); with other configs, DeepSeek-V2 or a dense baseline."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -130,12 +69,12 @@ class MiniDS(nn.Module):
         self.initialize()
 
     def forward(self, tokens: Int[Tensor, "batch seq"], *, mtp: bool = False, cache: KVCache | None = None) -> Output:
-        """Logits of the next token at every position; with `mtp` also those of the tokens after it.
+        """Compute the next-token logits at every position; with `mtp` also those of the MTP modules.
 
-        With a cache, `tokens` continue what the cache has read, and are added to it. Raises `ValueError` where the
-        sequence is longer than the context or the cache.
+        With a cache, `tokens` continue the cached sequences and are added to the cache. Raises `ValueError` if the
+        sequence exceeds the context length or the capacity of the cache.
         """
-        hidden, routings = self.trunk(tokens, cache)
+        hidden, routings = self.trunk(tokens, cache)  # hidden [batch, seq, dim]
         out = Output(self.logits(hidden), hidden, routings=routings)
         if mtp:
             self._predict_further(tokens, out)
@@ -144,12 +83,12 @@ class MiniDS(nn.Module):
     def trunk(
         self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None
     ) -> tuple[Float[Tensor, "batch seq dim"], list[Routing]]:
-        """The stream after the last layer, before the final norm, and the routing of every MoE layer."""
-        x = self.embedding(tokens)
-        step = self.step(tokens, cache)
+        """Run all layers; return the residual stream before the final norm, and the routing of every MoE layer."""
+        x = self.embedding(tokens)  # [batch, seq, dim]
+        context = self.attention_context(tokens, cache)
         routings = []
         for i, layer in enumerate(self.layers):
-            x, routing = layer(x, step, cache and cache.layers[i])
+            x, routing = layer(x, context, cache and cache.layers[i])
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
@@ -157,70 +96,73 @@ class MiniDS(nn.Module):
         return x, routings
 
     def logits(self, hidden: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq vocab"]:
-        """The shared output head on the stream after the last layer."""
+        """Apply the final norm and the output head to the residual stream after the last layer."""
         return self.head(self.norm(hidden))
 
-    def step(self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None) -> Step:
-        """Positions, rotations and mask of tokens that continue `cache`, or start at 0 where there is none."""
+    def attention_context(self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None) -> AttentionContext:
+        """Compute positions, rotations and mask of tokens that continue `cache`, or start at position 0 without one."""
         batch, seq = tokens.shape
         longest = seq + (cache.longest if cache is not None else 0)
-        room = min(self.config.max_position_embeddings, cache.slots if cache is not None else longest)
-        if longest > room:
-            raise ValueError(f"sequence of {longest} tokens: the context holds {room}")
+        limit = min(self.config.max_position_embeddings, cache.slots if cache is not None else longest)
+        if longest > limit:
+            raise ValueError(f"sequence of {longest} tokens: the context holds {limit}")
         positions = torch.arange(seq, device=tokens.device).expand(batch, seq)
         dtype = self.embedding.weight.dtype
         mask = None
         if cache is not None:
             positions = positions + cache.lengths[:, None]
-            unseen = torch.arange(longest, device=tokens.device) > positions[:, None, :, None]
+            unseen = torch.arange(longest, device=tokens.device) > positions[:, None, :, None]  # [batch, 1, seq, slots]
             mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)
         sequence = torch.arange(batch, device=tokens.device)[:, None]
         rotation = rotations(self.config, positions, self.layers[0].attention.rope_dim, dtype)
-        return Step(sequence, positions, rotation, mask)
+        return AttentionContext(sequence, positions, rotation, mask)
 
     def _predict_further(self, tokens: Int[Tensor, "batch seq"], out: Output) -> None:
-        """Run depth k on positions 0..T-k-1: it reads token i+k and predicts token i+k+1 (V3 eq. 21-23)."""
+        """Run MTP depth k on positions 0..T-k-1: input token i+k, predicted token i+k+1 (V3 eq. 21-23)."""
         hidden = out.hidden
         for k, module in enumerate(self.mtp[: tokens.shape[1] - 1], start=1):
-            following = tokens[:, k:]
-            hidden, routing = module(hidden[:, :-1], self.embedding(following), self.step(following))
+            following = tokens[:, k:]  # [batch, seq - k]
+            hidden, routing = module(hidden[:, :-1], self.embedding(following), self.attention_context(following))
             out.mtp_logits.append(self.head(module.norm(hidden)))
             if routing is not None:
                 out.routings.append(routing)
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache of the trunk for `batch` sequences of at most `slots` tokens."""
-        return KVCache(list(self.layers), batch, slots)
+        """Allocate a cache of the layers for `batch` sequences of at most `slots` tokens."""
+        return self._cache_of(self.layers, batch, slots)
 
     def new_mtp_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache of the prediction modules."""
-        return KVCache([module.block for module in self.mtp], batch, slots)
+        """Allocate a cache of the MTP modules, with one layer per module."""
+        return self._cache_of([module.block for module in self.mtp], batch, slots)
 
-    def update_balance_bias(self, loads: Int[Tensor, "layers experts"], speed: float) -> None:
-        """Once per optimizer step: nudge the routers' biases by the loads of the global batch, rows as in `Output`.
+    def _cache_of(self, blocks: Iterable[Block], batch: int, slots: int) -> KVCache:
+        return KVCache([block.attention.cache_width for block in blocks], batch, slots, like=self.head.weight)
 
-        Routers without a row, those of MTP modules that did not run, keep theirs.
+    def update_balance_bias(self, tokens_per_expert: Int[Tensor, "layers experts"], speed: float) -> None:
+        """Update the routers' biases, once per optimizer step; the rows are those of `Output.tokens_per_expert`.
+
+        The counts are those of the global batch. Routers without a row (MTP modules that did not run) keep their bias.
         """
-        for router, load in zip(self.routers(), loads, strict=False):
+        for router, counts in zip(self.routers(), tokens_per_expert, strict=False):
             if router.bias is not None:
-                update_balance_bias(router.bias, load, speed)
+                update_balance_bias(router.bias, counts, speed)
 
     def routers(self) -> list[Router]:
-        """The routers in the order of `Output.loads`."""
+        """Return the routers in the order of `Output.tokens_per_expert`."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def num_parameters(self, mtp: bool = False) -> int:
-        """Parameters of the main model, balancing biases included (FACTS.md section 1.1); on request the MTP's too."""
+        """Count the main model's parameters with balancing biases (FACTS.md section 1.1); with `mtp` also MTP's."""
         total = sum(p.numel() for p in self.parameters())
         return total if mtp else total - sum(p.numel() for p in self.mtp.parameters())
 
     def num_active_parameters(self) -> int:
-        """Parameters of the main model that one token uses, embedding and head counted (FACTS.md section 1.1)."""
+        """Count the parameters of the main model that one token uses, embedding and head too (FACTS.md section 1.1)."""
         routed = sum(p.numel() for m in self.layers.modules() if isinstance(m, Experts) for p in m.parameters())
         return self.num_parameters() - routed + routed * self.config.num_experts_per_tok // self.config.n_routed_experts
 
     def precision_report(self) -> dict[str, str]:
-        """In what every layer with parameters of its own computes, by the layer's name."""
+        """Map the name of every module with parameters of its own to the precision in which it computes."""
         owners = ((name, module, next(module.parameters(recurse=False), None)) for name, module in self.named_modules())
         return {
             name: getattr(module, "computes_in", str(own.dtype).removeprefix("torch."))
@@ -230,20 +172,20 @@ class MiniDS(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw all weights from normal distributions.
+        """Initialise all matrices from normal distributions.
 
-        As published, every matrix has the standard deviation `initializer_range` (0.006; FACTS.md section 1). At
-        widths in the hundreds that is far too small for the signal to pass; with `initializer_range=None` a matrix has
-        1 / sqrt(fan-in), one that writes to the stream 1 / sqrt(2 * layers) of that, the embedding 1, the head
-        1 / width.
+        As published, every matrix has the standard deviation `initializer_range` (0.006; FACTS.md section 1). That is
+        too small for widths in the hundreds: the signal would vanish. With `initializer_range=None` a matrix has
+        1 / sqrt(fan-in), one that writes to the residual stream 1 / sqrt(2 * layers) of that, the embedding 1, and the
+        output head 1 / width.
         """
         published = self.config.initializer_range
-        to_stream = (2 * self.config.num_hidden_layers) ** -0.5
+        residual_factor = (2 * self.config.num_hidden_layers) ** -0.5
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
                 continue  # norms start at 1, balancing biases at 0
             fan_in = weight.shape[1]
-            std = fan_in**-0.5 * (to_stream if name.endswith(TO_STREAM) else 1)
+            std = fan_in**-0.5 * (residual_factor if name.endswith(WRITES_TO_RESIDUAL) else 1)
             if name.startswith("embedding"):
                 std = 1.0
             elif name.startswith("head"):

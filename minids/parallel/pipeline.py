@@ -1,73 +1,70 @@
-"""Runs a pipeline schedule on real processes: every rank holds its stages of a MiniDS and follows its list of actions.
+"""Run a pipeline schedule on real processes: every rank holds its stages of a MiniDS and executes its list of actions.
 
 Notable choices:
-- torch's pipeline runtime does the work; `program` tells it what each rank computes, sends and receives, in order;
-- a `Stage` is a MiniDS with holes, so parameters keep their names, and what all ranks hold fits together again; the
-  prediction modules live on the last stage, beside the head, as in V3;
-- a parameter that two ranks hold, in DualPipe every one, gets the sum of both gradients, so that its copies stay equal;
-- where FSDP2 shards a stage, its weights are gathered once a step and its gradients added up over the data ranks once:
-  gathering for each pass would take weights away while a pass that is split into I and W still needs them.
+- torch's pipeline runtime executes the actions; `program` lists what each rank computes, sends and receives, in order;
+- a `Stage` holds a slice of the model's layers under their original names, so that the parameters of all ranks together
+  form the whole model again; the prediction modules are placed on the last stage with the head, as in V3;
+- a parameter held by two ranks (in DualPipe every parameter) gets the sum of both gradients, so its copies stay equal;
+- where FSDP2 shards a stage, its weights are gathered once per step and its gradients are reduced over the data ranks
+  once: gathering per pass would free weights that a pass split into I and W still needs.
 
-Not covered: the times of a GPU, for the clock is the host's. Torch's runtime is private, and so is FSDP's reduction.
+Not covered: times on a GPU, because the clock is the host's. Torch's runtime and FSDP's reduction are private; what is
+used of them is in _torch_private.py.
 """
 
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from minids.config import require
 from minids.model.moe import balance_loss
 from minids.model.transformer import MiniDS, Output
-from minids.parallel.timeline import Action, Pair, Schedule, Span, Stop
+from minids.parallel._torch_private import pipeline_runtime, pop_backward_state, reduce_gradients
+from minids.parallel.schedule import Action, Pair, Schedule, Span, Stop
 
 Loss = Callable[[Output, Any], Float[Tensor, ""]]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be shared out over several."""
+    """Return this rank's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass
 class MicroBatch:
-    """A micro-batch as every stage sees it, and where the stages add up what the whole step returns."""
+    """A micro-batch as every stage receives it, and the accumulators of what the whole step returns."""
 
     tokens: Int[Tensor, "batch seq"]
     target: Any
     loss: Loss
-    share: float  # of the sequences of the global batch
+    share: float  # fraction of the sequences of the global batch
     total_loss: Float[Tensor, ""]
-    loads: Int[Tensor, "layers experts"]
+    tokens_per_expert: Int[Tensor, "layers experts"]
 
 
 class Stage(MiniDS):
-    """One of `stages` consecutive parts of `model`, made of its very modules under their own names."""
+    """Stage number `stage` of `stages`: a slice of the layers of `model`, the same modules under their own names."""
 
     def __init__(self, model: MiniDS, stage: int, stages: int):
         nn.Module.__init__(self)
         self.config, dense = model.config, model.config.first_k_dense_replace
-        self.step = model.step
+        self.attention_context = model.attention_context
         self.is_first, self.is_last = stage == 0, stage == stages - 1
         start, end = (model.config.num_hidden_layers * i // stages for i in (stage, stage + 1))
         self.layers = nn.ModuleDict({str(i): model.layers[i] for i in range(start, end)})
-        self.rows = [i - dense for i in range(max(start, dense), end)]  # this stage's among the loads of all layers
+        self.rows = [i - dense for i in range(max(start, dense), end)]  # this stage's rows of `tokens_per_expert`
         if self.is_first or self.is_last and model.mtp:
             self.embedding = model.embedding
         if self.is_last:
@@ -77,11 +74,11 @@ class Stage(MiniDS):
     def forward(
         self, x: Float[Tensor, "batch seq dim"] | None = None, *, batch: MicroBatch
     ) -> Float[Tensor, "batch seq dim"] | Float[Tensor, ""]:
-        """The stream after this stage, after the last one the loss; each adds the balance loss of its own layers."""
+        """Return the residual stream, the last stage the loss; each stage adds the balance loss of its layers."""
         x = self.embedding(batch.tokens) if self.is_first else x
-        step, routings, loss = self.step(batch.tokens), [], x.new_zeros(())
+        context, routings, loss = self.attention_context(batch.tokens), [], x.new_zeros(())
         for layer in self.layers.values():
-            x, routing = layer(x, step)
+            x, routing = layer(x, context)
             if routing is not None:
                 routings.append(routing)
         if self.is_last:
@@ -90,19 +87,27 @@ class Stage(MiniDS):
             loss = batch.loss(replace(out, routings=[]), batch.target)
             batch.total_loss += loss.detach()
         for row, routing in zip(self.rows, routings, strict=False):
-            batch.loads[row] += routing.load
+            batch.tokens_per_expert[row] += routing.tokens_per_expert
             balance = batch.share * balance_loss(routing, self.config)
             batch.total_loss += balance.detach()
             loss = loss + balance
         return loss if self.is_last else _WithLoss.apply(x, loss)
 
-    def update_balance_bias(self, loads: Int[Tensor, "layers experts"], speed: float) -> None:
-        """As in a whole model; `loads` has the rows of all its layers."""
-        super().update_balance_bias(loads[self.rows], speed)
+    def update_balance_bias(self, tokens_per_expert: Int[Tensor, "layers experts"], speed: float) -> None:
+        """Update the biases of this stage's routers; `tokens_per_expert` has the rows of all layers of the model."""
+        super().update_balance_bias(tokens_per_expert[self.rows], speed)
+
+
+def stages_of_rank(model: MiniDS, rank: int, schedule: Schedule | None) -> list[MiniDS]:
+    """Return the stages of `model` that rank `rank` of a pipeline holds; without a pipeline, the whole model."""
+    if schedule is None:
+        return [model]
+    held = sorted({stop.stage for route in schedule.routes for stop in route if stop.rank == rank})
+    return [Stage(model, stage, schedule.stages) for stage in held]
 
 
 class _WithLoss(torch.autograd.Function):
-    """`x` as it is; on the way back `loss` gets the gradient 1, as if the last stage had added it to its own."""
+    """Identity of `x`; in backward `loss` gets the gradient 1, as if the last stage had added it to its loss."""
 
     @staticmethod
     def forward(ctx, x, loss):
@@ -114,10 +119,10 @@ class _WithLoss(torch.autograd.Function):
 
 
 def program(schedule: Schedule) -> list[list[str]]:
-    """The actions of each rank as torch writes them, and between them what it sends and receives.
+    """Return the actions of each rank in torch's notation, with the sends and receives between them.
 
-    Messages bear no label. So both ends are written down together, as soon as the pass that sends has run: any two
-    ranks then list what passes between them in the same order, and nobody waits for what comes later in that order.
+    Messages have no label. Therefore the send and its receive are listed together, as soon as the pass that sends has
+    run: any two ranks list the messages between them in the same order, and none waits for a later one.
     """
     numbers = _numbers(schedule)
     rank_of = {number: stop.rank for stop, number in numbers.items()}
@@ -136,12 +141,12 @@ def program(schedule: Schedule) -> list[list[str]]:
 
 
 def _numbers(schedule: Schedule) -> dict[Stop, int]:
-    """Torch's number of each stop. Neighbours in number are connected, so a gap parts two routes."""
+    """Return torch's number of each stop. Consecutive numbers are connected, so a gap separates two routes."""
     return {s: s.stage + i * (schedule.stages + 1) for i, route in enumerate(schedule.routes) for s in route}
 
 
 class _Runner(PipelineStage):
-    """A stop of a route as torch's runtime drives it; notes in `spans` when it did what."""
+    """A stop of a route as a stage of torch's runtime; records its actions with their times in `spans`."""
 
     def __init__(self, stage: Stage, stop: Stop, number: int, numbers: int, shape: tuple[int, int], group):
         weight = next(stage.parameters())
@@ -149,26 +154,25 @@ class _Runner(PipelineStage):
         super().__init__(stage, number, numbers, weight.device, () if stage.is_first else stream, stream, group=group)
         self.stop, self.batches, self.spans, self.autocast = stop, [], [], nullcontext()
 
-    is_first = property(lambda self: self.submod.is_first)  # torch knows only number 0 for one
+    is_first = property(lambda self: self.submod.is_first)  # for torch only number 0 is a first stage
 
     def forward_one_chunk(self, fwd_chunk_id, args, kwargs=None, save_forward_output=True):
-        with self._noting("F", fwd_chunk_id), self.autocast:
+        with self._recorded("F", fwd_chunk_id), self.autocast:
             return super().forward_one_chunk(fwd_chunk_id, args, {"batch": self.batches[fwd_chunk_id]}, False)
 
     def backward_one_chunk(self, bwd_chunk_id, loss=None, full_backward=True, last_backward=False):
-        with self._noting("B" if full_backward else "I", bwd_chunk_id):
+        with self._recorded("B" if full_backward else "I", bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id, last_backward=False):
-        with self._noting("W", bwd_chunk_id):
+        with self._recorded("W", bwd_chunk_id):
             if not self.is_first:
                 return super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-            # A first stage has no input gradient, so its I has left everything to W.
-            _, _, output, gradients = self.backward_state.pop(bwd_chunk_id)
-            torch.autograd.backward(output, gradients)
+            # A first stage has no input gradient, so its I has computed nothing and W runs the whole backward.
+            torch.autograd.backward(*pop_backward_state(self, bwd_chunk_id))
 
     @contextmanager
-    def _noting(self, kind: str, micro_batch: int) -> Iterator[None]:
+    def _recorded(self, kind: str, micro_batch: int) -> Iterator[None]:
         start = time.perf_counter()
         yield
         end = time.perf_counter()
@@ -176,12 +180,12 @@ class _Runner(PipelineStage):
 
 
 class Pipeline:
-    """This process's part in a schedule: the `stages` of its rank, and how they are run.
+    """One rank of a pipeline: its `stages`, and the runtime that executes its actions.
 
-    Every process of `group` makes one, with the same schedule and an equal `model`; `shape` is [batch, seq] of a
-    micro-batch. The last stage calls `loss(output, target)`, which over all micro-batches adds up to the global batch's
-    loss but for the balance loss (mean over sequences): that is added on every stage, so the output has no routings.
-    With `replicas`, as many pipelines, each in a group of its own, share the global batch and its loss evenly.
+    Every process of `group` creates one, with the same schedule and an equal `model`; `shape` is [batch, seq] of a
+    micro-batch. The last stage calls `loss(output, target)`; its sum over all micro-batches is the global batch's loss
+    without the balance loss (mean over sequences), which every stage adds for its layers: `output` has no routings.
+    `replicas` is the number of pipelines, each in its own group, among which the global batch and its loss are divided.
     Raises `ValueError` where the sizes do not fit together, `ScheduleError` for a schedule that cannot run.
     """
 
@@ -198,7 +202,7 @@ class Pipeline:
         self.shape, self.replicas = tuple(shape), replicas
         self.load_shape = len(model.routers()), model.config.n_routed_experts
         parts = [Stage(model, i, stages) for i in range(stages)]
-        self.twins = _twins(schedule, parts, self.rank)
+        self.shared_parameters = _shared_parameters(schedule, parts, self.rank)
         numbers = _numbers(schedule)
         self.runners = [
             _Runner(parts[stop.stage], stop, number, number + stages - stop.stage, shape, group)
@@ -208,35 +212,32 @@ class Pipeline:
         self.at = {runner.stop: runner.submod for runner in self.runners}
         self.stages, self.device = list(self.at.values()), self.runners[0].device
         self.per_route = schedule.micro_batches // len(schedule.routes)
-        self.runtime = _PipelineScheduleRuntime(self.runners, self.per_route, lambda loss, _: loss, scale_grads=False)
-        programs = [list(map(_Action.from_str, cells)) for cells in program(schedule)]
-        self.runtime.pipeline_order_with_comms = dict(enumerate(programs))
-        for runner in self.runners:
-            runner.stage_index_to_group_rank = {number: stop.rank for stop, number in numbers.items()}
+        rank_of = {number: stop.rank for stop, number in numbers.items()}
+        self.runtime = pipeline_runtime(self.runners, self.per_route, program(schedule), rank_of)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters that this rank holds, by their name in the whole model."""
+        """Return the trainable parameters that this rank holds, by their name in the whole model."""
         return {name: p for stage in self.stages for name, p in stage.named_parameters() if p.requires_grad}
 
     def step(self, tokens: Sequence[Tensor], targets: Sequence[Any]) -> tuple[float, Tensor, list[Span]]:
-        """Put the gradients of a global batch, given as micro-batches to every rank, into `.grad`, in place of others.
+        """Compute the gradients of a global batch, which every rank gets as micro-batches; they replace `.grad`.
 
-        Returns its loss, its expert loads [layers, experts], and this rank's actions in seconds from a common start; a
-        pair ends with its backward. Where micro-batches enter from both ends, the first half goes in at rank 0.
+        Returns the loss, the tokens per expert [layers, experts], and this rank's actions in seconds from a common
+        start; a pair ends with its backward. Where micro-batches enter at both ends, the first half enters at rank 0.
         """
         shapes, wanted = [tuple(each.shape) for each in tokens], [self.shape] * self.schedule.micro_batches
         rule = f"must be {len(wanted)} micro-batches of shape {self.shape}"
         require(shapes == wanted, "tokens", {shape: shapes.count(shape) for shape in shapes}, rule)
-        (loss, loads), share = self._zeros(), 1 / (len(tokens) * self.replicas)
+        (loss, tokens_per_expert), share = self._zeros(), 1 / (len(tokens) * self.replicas)
         batches = [
-            MicroBatch(each.to(self.device), target, self.loss, share, loss, loads)
+            MicroBatch(each.to(self.device), target, self.loss, share, loss, tokens_per_expert)
             for each, target in zip(tokens, targets, strict=True)
         ]
         sharded = list({m: None for stage in self.stages for m in stage.modules() if isinstance(m, FSDPModule)})
         for module in sharded:
             _set_last(module, False)
         for weight in self.parameters().values():
-            weight.grad = None  # the rest of another step would count twice where two ranks add up
+            weight.grad = None  # an earlier gradient would count twice where two ranks share the parameter
         spans = []
         for runner in self.runners:
             route = next(i for i, stops in enumerate(self.schedule.routes) if runner.stop in stops)
@@ -244,27 +245,29 @@ class Pipeline:
         dist.barrier(self.group)
         start = time.perf_counter()
         self.runtime.step(target=torch.arange(self.per_route), return_outputs=False)
-        _reduce_gradients(sharded)
-        self._add_twins()
-        for count in (loss, loads):
+        for module in sharded:
+            _set_last(module, True)
+        reduce_gradients(sharded)
+        self._add_shared_gradients()
+        for count in (loss, tokens_per_expert):
             dist.all_reduce(count, group=self.group)
         parts, whole = iter(spans), []
         for action in self.schedule.actions[self.rank]:
             done, starts, ends = zip(*(next(parts) for _ in action.parts), strict=True)
             whole.append(Span(done[0] if len(done) == 1 else Pair(*done), starts[0] - start, ends[-1] - start))
-        return loss.item(), loads, whole
+        return loss.item(), tokens_per_expert, whole
 
     def _zeros(self) -> tuple[Float[Tensor, ""], Int[Tensor, "layers experts"]]:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         return loss, torch.zeros(self.load_shape, dtype=torch.int64, device=self.device)
 
-    def _add_twins(self) -> None:
-        """Add the gradients of the other ranks' copies of what this rank holds."""
+    def _add_shared_gradients(self) -> None:
+        """Add the gradients of the other ranks' copies of this rank's parameters."""
         held = self.parameters()
         for weight in held.values():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         gradients = {name: local(weight.grad) for name, weight in held.items()}
-        for peer, names in self.twins.items():
+        for peer, names in self.shared_parameters.items():
             mine = torch.cat([gradients[name].flatten() for name in names])
             theirs = torch.empty_like(mine)
             both = ((dist.isend, mine), (dist.irecv, theirs))
@@ -275,11 +278,11 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, tokens: Int[Tensor, "batch seq"], target: Any, loss: Loss) -> float:
-        """`loss(output, target)` of a batch of any shape, given to every rank: no gradients, stage after stage."""
+        """Return `loss(output, target)` of a batch of any shape, given to every rank; stage by stage, no gradients."""
         dtype = next(self.stages[0].parameters()).dtype
         x = torch.empty(*tokens.shape, self.stages[0].config.hidden_size, dtype=dtype, device=self.device)
-        total, loads = self._zeros()
-        batch = MicroBatch(tokens.to(self.device), target, loss, 0.0, total, loads)
+        total, tokens_per_expert = self._zeros()
+        batch = MicroBatch(tokens.to(self.device), target, loss, 0.0, total, tokens_per_expert)
         for stop, following in pairwise((*self.schedule.routes[0], None)):
             if stop.rank == self.rank:
                 x = self.at[stop](x, batch=batch)
@@ -293,59 +296,16 @@ class Pipeline:
         return total.item()
 
 
-def _twins(schedule: Schedule, stages: list[Stage], rank: int) -> dict[int, list[str]]:
-    """By rank, the names of the trained parameters that it shares with `rank` (no third rank has them)."""
+def _shared_parameters(schedule: Schedule, stages: list[Stage], rank: int) -> dict[int, list[str]]:
+    """Return by rank the names of the trainable parameters that it shares with `rank` (no third rank has them)."""
     held = defaultdict(set)
     for stop in _numbers(schedule):
         held[stop.rank].update(name for name, p in stages[stop.stage].named_parameters() if p.requires_grad)
     return {peer: sorted(held[rank] & held[peer]) for peer in held if peer != rank and held[rank] & held[peer]}
 
 
-def _reduce_gradients(sharded: list[FSDPModule]) -> None:
-    """Add up over the data ranks what the micro-batches have left behind, and keep this rank's shards of the sum."""
-    for module in sharded:
-        _set_last(module, True)
-    for state in map(fully_shard.state, sharded):
-        for group in state._fsdp_param_groups:
-            group.post_backward()
-        if state._is_root:
-            state._root_post_backward_final_callback()
-
-
 def _set_last(module: FSDPModule, last: bool) -> None:
+    """Set whether FSDP reduces gradients and frees gathered weights after the next backward pass of `module`."""
     module.set_is_last_backward(last)
     module.set_reshard_after_backward(last, recurse=False)
     module.set_requires_gradient_sync(last, recurse=False)
-
-
-def launch(work: Callable[[int], Any], ranks: int) -> list[Any]:
-    """What `work(rank)` returns on each of `ranks` new processes, forks that form a gloo group (CPU only).
-
-    Raises `RuntimeError` naming the first rank that failed or was killed, and why; no process is left behind.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        context = start_processes(_member, (work, ranks, Path(folder)), ranks, join=False, start_method="fork")
-        try:
-            while not context.join(grace_period=1):
-                pass
-        except (ProcessExitedException, ProcessRaisedException) as error:
-            reason = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
-            raise RuntimeError(f"rank {error.error_index} failed: {reason}") from error
-        finally:
-            for process in context.processes:
-                process.kill()
-                process.join()
-        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(ranks)]
-
-
-def _member(rank: int, work: Callable[[int], Any], ranks: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    silence = timedelta(minutes=1)  # who hears nothing for so long gives up; no action should take as long
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", silence, ranks, rank)
-    try:
-        torch.save(work(rank), folder / f"{rank}.pt")
-    except Exception as error:
-        cause = error.__cause__ or error  # torch wraps what goes wrong in a stage
-        raise RuntimeError(f"{type(cause).__name__}: {cause}") from error
-    dist.barrier()  # who leaves early cuts the others off
-    dist.destroy_process_group()

@@ -1,14 +1,13 @@
-"""Training on many processes: the training loop of one, with each rank's part of the model and of every batch.
+"""Train on many processes: the training loop of one process, on each rank's part of the model and of every batch.
 
 Notable choices:
-- the loop, the recipe, the checks and the metrics are those of `Trainer`; what differs is who computes which gradient;
-- every rank knows the whole global batch and takes its rows, so data needs no communication, and a checkpoint no
+- the loop, the recipe, the checks and the metrics are those of `Trainer`; only the division of the work differs;
+- every rank has the whole global batch and takes its rows, so data needs no communication, and a checkpoint stores no
   position per rank;
-- losses are sums over the global batch divided by its size, so that gradients, losses and loads of ranks are added up;
-- a checkpoint looks as one process would have written it, whatever the layout, and is read by any other.
+- losses are sums divided by the size of the global batch, so gradients, losses and token counts add up over the ranks;
+- a checkpoint has the format of a single process, whatever the layout, and is read with any other layout.
 """
 
-import dataclasses
 import math
 import shutil
 import sys
@@ -28,15 +27,17 @@ from torch.distributed.tensor import DTensor
 
 from minids import cost
 from minids.data.batches import Batch
-from minids.files import save_tensors, written_whole
-from minids.model.fp8_linear import convert_to_fp8
+from minids.files import atomic_directory, save_tensors
+from minids.fp8.linear import convert_to_fp8
 from minids.model.transformer import MiniDS
-from minids.parallel.mesh import Layout, reshard, shard
-from minids.parallel.pipeline import Pipeline, local
-from minids.training.checkpoint import load_optimizer_tensors, write_state
-from minids.training.loop import Recipe, TextData, Trainer, micro_batches, validation_batches
-from minids.training.loss import IGNORED, Losses, Share, losses, targets
+from minids.parallel._torch_private import default_store, scale_in_place
+from minids.parallel.fsdp import axes_of, reshard, shard
+from minids.parallel.layout import Layout
+from minids.parallel.pipeline import Pipeline, local, stages_of_rank
+from minids.training.checkpoint import load_optimizer_tensors, present_name, write_state
+from minids.training.loss import IGNORED, LossDenominators, Losses, losses, targets
 from minids.training.metrics import Metrics
+from minids.training.pretrain import Recipe, TextData, Trainer, validation_batches
 
 try:
     import resource
@@ -47,12 +48,12 @@ KNOWN_PEAK = "NVIDIA H800"  # the only GPU whose peak is known from a source: co
 
 
 def save_shards(destination: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """`save_checkpoint` of tensors that are shared out over all ranks: they all call it and write together.
+    """Write a checkpoint of tensors that are sharded over the ranks, as `save_checkpoint` does; every rank calls it.
 
     Raises `OSError` where the disk refuses.
     """
     writes = dist.get_rank() == 0
-    with written_whole(destination) if writes else nullcontext() as folder:
+    with atomic_directory(destination) if writes else nullcontext() as folder:
         message = [folder]
         dist.broadcast_object_list(message)
         for name, content in tensors.items():
@@ -66,11 +67,11 @@ def save_shards(destination: Path, tensors: dict[str, dict[str, Tensor]], state:
 
 
 def _save_together(content: dict[str, Tensor], path: Path) -> None:
-    """Every rank writes its shards into a file of its own; rank 0 joins them to `path`.safetensors."""
+    """Write each rank's shards to a file of its own; rank 0 then joins the files to `path`.safetensors."""
     writer = dcp.HuggingFaceStorageWriter(str(path), save_distributed=True, enable_consolidation=True)
     try:
         dcp.save(content, storage_writer=writer)
-    except CheckpointException as error:  # no Exception, so that nobody would catch it
+    except CheckpointException as error:  # derives from BaseException: re-raise as OSError
         raise OSError(f"{path} was not written: {next(iter(error.failures.values()))[0]}") from None
     if dist.get_rank() == 0:
         (path / "model-00001-of-00001.safetensors").rename(path.with_suffix(".safetensors"))
@@ -78,22 +79,30 @@ def _save_together(content: dict[str, Tensor], path: Path) -> None:
 
 
 class ParallelTrainer(Trainer):
-    """A model in training on all ranks of the process group; each makes one, from an equal model in CPU memory.
+    """Trainer of a model on all ranks of the process group; each rank creates one, from an equal model in CPU memory.
 
     Raises `ValueError` where the layout is impossible.
     """
 
     write_checkpoint = staticmethod(save_shards)
 
-    def __init__(self, model: MiniDS, data: TextData, recipe: Recipe, layout: Layout, device: str = "cpu"):
+    def __init__(
+        self,
+        model: MiniDS,
+        data: TextData,
+        recipe: Recipe,
+        layout: Layout,
+        device: str = "cpu",
+        profile: bool = False,
+    ):
         layout.check(model.config, recipe, dist.get_world_size())
-        self.layout, self.writes_files = layout, dist.get_rank() == 0
+        self.layout, self.writes_files, self.profile = layout, dist.get_rank() == 0, profile
         if recipe.precision == "fp8":
             convert_to_fp8(model)
-        axes = layout.axes(device)
+        axes = axes_of(layout, device)
         self.device, self.row, self.data_group = device, axes.data.get_local_rank(), axes.data.get_group()
         schedule = layout.pipeline(recipe) if layout.pp > 1 else None
-        self.parts = layout.parts(model, axes.pp.get_local_rank(), schedule)
+        self.parts = stages_of_rank(model, axes.pp.get_local_rank(), schedule)
         shard(self.parts, axes)
         self.pipeline = None
         if schedule is not None:
@@ -105,86 +114,92 @@ class ParallelTrainer(Trainer):
         super().__init__(model, data, recipe)
 
     def _release_other_parts(self, model: MiniDS) -> None:
-        """Keep of what other ranks hold the names and shapes only."""
+        """Move the modules that only other ranks hold to the meta device, which keeps names and shapes."""
         held = {module for part in self.parts for module in part.modules()}
         for module in model.modules():
             if module not in held and not held & set(module.modules()):
                 module.to("meta").requires_grad_(False)
 
-    def backward(self, batch: Batch, mtp_weight: float, share: Share | None = None) -> tuple[Losses, Tensor | None]:
-        share, mine = Share.of(batch), self.rows(batch)
+    def backward(
+        self, batch: Batch, mtp_weight: float, denominators: LossDenominators | None = None
+    ) -> tuple[Losses, Tensor | None]:
+        denominators, mine = LossDenominators.of(batch), self.rows(batch)
         if self.pipeline is None:
-            sums, loads = super().backward(mine, mtp_weight, share)
+            sums, tokens_per_expert = super().backward(mine, mtp_weight, denominators)
         else:
-            sums, loads = self._run_pipeline(mine, mtp_weight, share)
-        values = torch.stack([getattr(sums, f.name) for f in dataclasses.fields(Losses)])
+            sums, tokens_per_expert = self._run_pipeline(mine, mtp_weight, denominators)
+        values = torch.stack([sums.main, sums.mtp, sums.balance])
         dist.all_reduce(values, group=self.data_group)
-        if loads is not None:
-            dist.all_reduce(loads, group=self.data_group)
-        return Losses(*values), loads
+        if tokens_per_expert is not None:
+            dist.all_reduce(tokens_per_expert, group=self.data_group)
+        return Losses(*values), tokens_per_expert
 
-    def _run_pipeline(self, batch: Batch, mtp_weight: float, share: Share) -> tuple[Losses, Tensor | None]:
-        heard = torch.zeros(3, dtype=torch.float64, device=self.device)
+    def _run_pipeline(
+        self, batch: Batch, mtp_weight: float, denominators: LossDenominators
+    ) -> tuple[Losses, Tensor | None]:
+        loss_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
 
         def loss(out, micro):
-            part = losses(self.model, out, micro, share)
+            part = losses(self.model, out, micro, denominators)
             total = part.total(mtp_weight)
-            heard.add_(torch.stack((part.main, part.mtp, total)).detach())
+            loss_sums.add_(torch.stack((part.main, part.mtp, total)).detach())
             return total
 
         self.pipeline.loss = loss
-        micros = list(micro_batches(self._on_device(batch), self.pipeline.shape[0]))
-        total, loads, _ = self.pipeline.step([micro.tokens[:, :-1] for micro in micros], micros)
-        dist.all_reduce(heard, group=self.pipeline.group)
-        main, mtp, without_balance = heard
-        return Losses(main, mtp, total - without_balance), loads if len(loads) else None
+        micros = list(batch.to(self.device).micro_batches(self.pipeline.shape[0]))
+        total, tokens_per_expert, _ = self.pipeline.step([micro.tokens[:, :-1] for micro in micros], micros)
+        dist.all_reduce(loss_sums, group=self.pipeline.group)
+        main, mtp, without_balance = loss_sums
+        return Losses(main, mtp, total - without_balance), tokens_per_expert if len(tokens_per_expert) else None
 
     def rows(self, batch: Batch) -> Batch:
-        """This rank's rows; where they are not a multiple of the ranks, rows without a target fill up."""
+        """Return this rank's rows, padded with rows without targets to a multiple of the ranks."""
         missing = -len(batch.tokens) % self.layout.replicas
-        tokens, documents, domains = (
-            torch.cat((part, part[:1].expand(missing, -1))) for part in (batch.tokens, batch.documents, batch.domains)
-        )
         if missing:
-            documents[-missing:] = torch.arange(documents.shape[1])  # every token a document of its own
-        mine = slice(self.row, None, self.layout.replicas)
-        return Batch(tokens[mine], documents[mine], domains[mine])
-
-    def _on_device(self, batch: Batch) -> Batch:
-        return Batch(batch.tokens.to(self.device), batch.documents.to(self.device), batch.domains)
+            first = torch.zeros(missing, dtype=torch.int64)  # copies of the first row, outside the loss mask
+            tokens, documents, domains = (
+                torch.cat((part, part[first])) for part in (batch.tokens, batch.documents, batch.domains)
+            )
+            mask = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.loss_mask is None else batch.loss_mask
+            loss_mask = torch.cat((mask, torch.zeros_like(mask[first])))
+            batch = Batch(tokens, documents, domains, loss_mask)
+        return batch.rows(slice(self.row, None, self.layout.replicas))
 
     def clip_gradients(self) -> float:
-        """The norm over all ranks, whose shards are disjoint; of a parameter on two ranks the lower one counts."""
+        """Clip the global gradient norm over all ranks; return the norm before clipping.
+
+        Shards are disjoint; a parameter that two ranks share counts on the lower rank only.
+        """
         gradients = {name: local(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
-        twins = self.pipeline.twins.items() if self.pipeline else ()
-        elsewhere = {name for rank, names in twins if rank < self.pipeline.rank for name in names}
+        shared = self.pipeline.shared_parameters.items() if self.pipeline else ()
+        elsewhere = {name for rank, names in shared if rank < self.pipeline.rank for name in names}
         squares = (gradient.double().square().sum() for name, gradient in gradients.items() if name not in elsewhere)
         total = sum(squares, torch.zeros((), dtype=torch.float64, device=self.device))
         dist.all_reduce(total)
         norm = total.sqrt().item()
-        torch._foreach_mul_(list(gradients.values()), min(self.recipe.clip_norm / (norm + 1e-6), 1.0))
+        scale_in_place(list(gradients.values()), min(self.recipe.clip_norm / (norm + 1e-6), 1.0))
         return norm
 
     def should_stop(self, requested: bool) -> bool:
-        """All stop before the same step as soon as one was asked to."""
-        asked = torch.tensor(int(requested))
-        dist.all_reduce(asked)
-        return bool(asked)
+        """Return whether any rank got a request to stop, so that all ranks stop before the same step."""
+        requests = torch.tensor(int(requested))
+        dist.all_reduce(requests)
+        return bool(requests)
 
     def train_step(self) -> Metrics:
-        """As in `Trainer`, and in the metrics what this rank alone can tell, of which rank 0's are written.
+        """Take a step as `Trainer` does; add metrics of this rank, of which those of rank 0 are written.
 
-        `memory_gb`: the most that it has ever held, on a GPU of the GPU's memory. `mfu`: on an H800 (`cost.mfu` takes
-        the peak of others). `exposed_communication`: the share of the step's time in which it waited for others, be it
-        for their data or until they were ready; on CPUs, since a GPU's waits are not the host's.
+        `memory_gb`: peak memory of the process, on a GPU that of the GPU. `mfu`: on an H800 only (`cost.mfu` takes the
+        peak of others). `exposed_communication`, with `profile`: the fraction of the step's time spent waiting for
+        other ranks, for their data or until they were ready; on CPUs only, since a GPU's waits are not the host's.
         """
-        with waits() as seconds:
+        with waits() if self.profile else nullcontext() as seconds:
             metrics = super().train_step()
         metrics |= memory(self.device)
-        if self.device == "cpu":
+        if self.profile and self.device == "cpu":
             per_step = self.recipe.batch_size * self.recipe.seq_len
             metrics["exposed_communication"] = sum(seconds) * metrics["tokens_per_second"] / per_step
-        elif torch.cuda.get_device_name() == KNOWN_PEAK:
+        if self.device == "cuda" and torch.cuda.get_device_name() == KNOWN_PEAK:
             flops = cost.training_flops_per_token(self.model.config, self.recipe.seq_len)
             metrics["mfu"] = cost.mfu(metrics["tokens_per_second"] / self.layout.world, flops)
         return metrics
@@ -196,38 +211,39 @@ class ParallelTrainer(Trainer):
         nats, byte_count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in validation_batches(self.data, self.recipe):
             labels = targets(batch)
-            nats += self._summed_nats(self._on_device(self.rows(batch)))
+            nats += self._summed_cross_entropy(self.rows(batch).to(self.device))
             byte_count += token_bytes[labels[labels != IGNORED]].sum().item()
         reshard(self.parts)
         dist.all_reduce(nats, group=self.data_group)
         return nats.item() / math.log(2) / byte_count
 
-    def _summed_nats(self, batch: Batch) -> float | Tensor:
+    def _summed_cross_entropy(self, batch: Batch) -> float | Tensor:
         def nats(out, batch):
-            return losses(self.model, out, batch, Share(1, 1)).main
+            return losses(self.model, out, batch, LossDenominators(1, 1)).main
 
         tokens = batch.tokens[:, :-1]
         return self.pipeline.evaluate(tokens, batch, nats) if self.pipeline else nats(self.model(tokens), batch)
 
     def load_tensors(self, folder: Path) -> None:
-        """Each rank reads its shards. No step draws random numbers, so their state is left alone."""
+        """Read this rank's shards. The random state is not restored, because no step uses it."""
         reader = dcp.HuggingFaceStorageReader(str(folder))
         stored = reader.read_metadata().state_dict_metadata
-        model = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
-        wrong = [name for name, tensor in model.items() if name not in stored or stored[name].size != tensor.shape]
+        key_of = {present_name(key): key for key in stored}
+        held = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
+        wrong = [n for n, tensor in held.items() if n not in key_of or stored[key_of[n]].size != tensor.shape]
         if wrong:
             raise ValueError(f"{folder} is damaged: it has no {wrong[0]} of this model's shape")
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         optimizer = {}
-        for key in stored:
+        for key in key_of:
             name, _, kind = key.rpartition("/")
             if name in trained:
                 optimizer[key] = torch.zeros(1) if kind == "step" else torch.zeros_like(trained[name])
-        dcp.load(model | optimizer, storage_reader=reader)
+        dcp.load({key_of[name]: tensor for name, tensor in (held | optimizer).items()}, storage_reader=reader)
         load_optimizer_tensors(self.model, self.optimizers, optimizer)
 
     def run(self, **options: Any) -> list[Metrics]:
-        """As in `Trainer`. Raises `ConnectionError` naming the ranks that died or do not answer."""
+        """Run as `Trainer` does. Raises `ConnectionError` naming the ranks that died or do not answer."""
         try:
             return super().run(**options)
         except RuntimeError as error:
@@ -241,9 +257,9 @@ class ParallelTrainer(Trainer):
 
 @contextmanager
 def waits() -> Iterator[list[float]]:
-    """The seconds of each wait of this process, while the block runs, for a message or a collective.
+    """Record the seconds of each wait of this process for a message or a collective inside the block.
 
-    All of them end in torch's `Work.wait`, which is replaced for so long.
+    Every wait ends in torch's `Work.wait`, which is replaced inside the block.
     """
     wait, seconds = dist.Work.wait, []
 
@@ -262,7 +278,7 @@ def waits() -> Iterator[list[float]]:
 
 
 def memory(device: str) -> Metrics:
-    """The most that this process has held so far; on a CPU in all, where the system tells."""
+    """Return the peak memory of this process in GB: on a GPU the GPU's, on a CPU where the system reports it."""
     if device == "cuda":
         return {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
     if resource is None:
@@ -272,8 +288,8 @@ def memory(device: str) -> Metrics:
 
 
 def _silent_ranks(seconds: float = 5) -> list[int]:
-    """Who does not say within `seconds` that it, too, has noticed that something is wrong."""
-    store, ranks = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
+    """Return the ranks that do not report within `seconds` that they, too, have noticed the failure."""
+    store, ranks = default_store(), range(dist.get_world_size())
     store.set(f"alive/{dist.get_rank()}", "")
     with suppress(RuntimeError):
         store.wait([f"alive/{rank}" for rank in ranks], timedelta(seconds=seconds))

@@ -1,8 +1,8 @@
-"""What one model wrote becomes what another learns: rejection sampling, and the classical way, learning from logits.
+"""Distillation: rejection sampling of a teacher's answers, and classical distillation from its logits.
 
-Notable choices: answers are sampled in rounds, whose draws are seeded by the round's number; a killed sampling goes on
-after the last whole round with the answers it would have drawn. What is dropped is on file too, since it says as much
-about a model as what is kept.
+Notable choices: answers are sampled in rounds, seeded by the round's number, so an interrupted sampling continues after
+the last complete round with the same answers as without interruption. Dropped answers are stored too, because they show
+a model's errors.
 """
 
 import json
@@ -22,23 +22,24 @@ from tqdm import tqdm
 from minids.config import ModelConfig
 from minids.data.batches import Batch
 from minids.data.tokenizer import Tokenizer
-from minids.files import write_text_whole
+from minids.files import atomic_write_text
+from minids.model.layers import at_least_float32
 from minids.model.transformer import MiniDS
+from minids.reasoning.r1_zero import base_config
 from minids.reasoning.rewards import Reward
 from minids.reasoning.rollout import Sample, answer
 from minids.reasoning.sft import Example, SFTTrainer, as_lines
 from minids.reasoning.tasks import Problem
-from minids.reasoning.zero import base_config
-from minids.training.loop import Recipe, TextData
-from minids.training.loss import IGNORED, Losses, Share, targets
+from minids.training.loss import IGNORED, LossDenominators, Losses, targets
+from minids.training.pretrain import Recipe, TextData
 
 REASONS = ("wrong", "form", "language", "duplicate", "enough", "kept")
-"""Why an answer is dropped, in the order in which it is asked, or kept."""
+"""Why an answer is dropped, in the order of the checks, or "kept"; "form" is the format."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """An answer of a teacher, and what rules say of it: parts of the reward by name."""
+    """An answer of a teacher with its rule-based rewards, by name of the part."""
 
     prompt: str
     answer: str
@@ -50,7 +51,10 @@ class Attempt:
 
 
 def select(attempts: Sequence[Attempt], per_problem: int) -> list[str]:
-    """The reason for each attempt (FACTS.md section 8.3): right, well formed, in one language, new, at most so many."""
+    """Return one of `REASONS` per attempt (FACTS.md section 8.3): at most `per_problem` are kept of each problem.
+
+    Kept answers are correct, in the required format, in one language, and not duplicates.
+    """
     taken: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()
     reasons = []
@@ -85,14 +89,14 @@ def sample_attempts(
     progress: bool = True,
     **options,
 ) -> list[Attempt]:
-    """`samples` answers to each problem, kept as the lines of `path`; goes on where that file ends.
+    """Sample `samples` answers to each problem and store them as lines of `path`; resume after its last full round.
 
-    A round answers `at_once` problems. Options as in `rollout.sample`.
+    A round answers `at_once` problems. `options` are those of `rollout.sample`.
     """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = sum(line.endswith("\n") for line in lines)
     first = len(problems) if whole == len(problems) * samples else whole // (at_once * samples) * at_once
-    write_text_whole(path, "".join(lines[: first * samples]))
+    atomic_write_text(path, "".join(lines[: first * samples]))
     attempts = [Attempt(**json.loads(line)) for line in lines[: first * samples]]
     model.eval()
     bar = tqdm(total=len(problems), initial=first, unit="problem", disable=not progress, dynamic_ncols=True)
@@ -120,21 +124,21 @@ def rejection_sample(
     kept_of_each: int,
     **options,
 ) -> list[Example]:
-    """The attempts that `select` keeps. In `directory`: attempts.jsonl, all of them; reasons.json, how many for what.
+    """Return the attempts that `select` keeps. `directory` gets attempts.jsonl (all) and reasons.json (counts).
 
-    Options as in `sample_attempts`. Raises `ValueError` where none is kept.
+    `options` are those of `sample_attempts`. Raises `ValueError` where none is kept.
     """
     attempts = sample_attempts(model, tokenizer, problems, reward, directory / "attempts.jsonl", **options)
     reasons = select(attempts, kept_of_each)
-    write_text_whole(directory / "reasons.json", json.dumps(Counter(reasons)))
+    atomic_write_text(directory / "reasons.json", json.dumps(Counter(reasons)))
     kept = [Example(a.prompt, a.answer) for a, reason in zip(attempts, reasons, strict=True) if reason == "kept"]
     if not kept:
-        raise ValueError(f"{directory}: rules accept none of {len(attempts)} answers; the model needs more training")
+        raise ValueError(f"{directory}: the rules accept none of {len(attempts)} answers; train the model longer")
     return kept
 
 
 def student_config(vocab_size: int) -> ModelConfig:
-    """A dense student of 60 thousand parameters: plain multi-head attention, two layers, no experts."""
+    """Return the config of a dense student of 60 thousand parameters: multi-head attention, two layers, no experts."""
     return base_config(vocab_size).replace(
         attention="gqa", hidden_size=48, intermediate_size=128, num_hidden_layers=2, first_k_dense_replace=2,
         v_head_dim=12,
@@ -144,36 +148,36 @@ def student_config(vocab_size: int) -> ModelConfig:
 def distillation_loss(
     logits: Float[Tensor, "tokens vocab"], teacher_logits: Float[Tensor, "tokens vocab"], temperature: float = 1.0
 ) -> Float[Tensor, ""]:
-    """KL(teacher || student) in nats, summed over tokens, times temperature^2, which keeps the gradient's size.
+    """Return KL(teacher || student) in nats, summed over tokens, times temperature^2 to keep the gradient's magnitude.
 
     Both distributions are softened by the temperature (Hinton, Vinyals, Dean 2015, section 2).
     """
-    student, teacher = ((x.float() / temperature).log_softmax(-1) for x in (logits, teacher_logits))
+    student, teacher = ((at_least_float32(x) / temperature).log_softmax(-1) for x in (logits, teacher_logits))
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
 class LogitTrainer(SFTTrainer):
-    """Teaches examples, with a teacher's whole distribution of each answer token in place of the token itself."""
+    """Distillation from logits: the target of each answer token is the teacher's distribution instead of the token."""
 
     def __init__(self, model: MiniDS, teacher: MiniDS, examples: Sequence[Example], text: TextData, recipe: Recipe):
         super().__init__(model, examples, text, recipe)
         if teacher.config.vocab_size != model.config.vocab_size:
             raise ValueError(
-                f"vocab_size={model.config.vocab_size}: to learn from its logits, a student needs the teacher's "
-                f"{teacher.config.vocab_size} tokens"
+                f"vocab_size={model.config.vocab_size}: must be the teacher's {teacher.config.vocab_size}, "
+                "to learn from its logits"
             )
         self.teacher = teacher.eval()
 
     def backward(
-        self, batch: Batch, mtp_weight: float, share: Share | None = None
+        self, batch: Batch, mtp_weight: float, denominators: LossDenominators | None = None
     ) -> tuple[Losses, Int[Tensor, "layers experts"] | None]:
-        """Gradients of the mean over the answers' tokens; `Losses.main` is that mean."""
-        share = share or Share.of(batch)
+        """Compute the gradients of the mean distillation loss over the answers' tokens; `Losses.main` is that mean."""
+        denominators = denominators or LossDenominators.of(batch)
         answered = targets(batch) != IGNORED
         out = self.model(batch.tokens[:, :-1])
         with torch.no_grad():
             teacher_logits = self.teacher(batch.tokens[:, :-1]).logits[answered]
-        loss = distillation_loss(out.logits[answered], teacher_logits) / share.targets
+        loss = distillation_loss(out.logits[answered], teacher_logits) / denominators.targets
         loss.backward()
         none = loss.new_zeros(())
-        return Losses(loss.detach(), none, none), out.loads if out.routings else None
+        return Losses(loss.detach(), none, none), out.tokens_per_expert if out.routings else None

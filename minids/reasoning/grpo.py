@@ -1,8 +1,8 @@
-"""Group relative policy optimization: advantages without a critic, the clipped loss, the penalty for leaving home.
+"""GRPO: group-relative advantages, the clipped surrogate loss, the KL penalty to the reference policy.
 
-Notable choices: the loss is a sum of per-token terms times weights that a whole batch determines (`token_weights`), so
-a batch may be cut into micro-batches; GRPO, Dr. GRPO, DAPO and GSPO are the same function with other settings
-(`VARIANTS`); a mask, never a length, says which tokens were sampled.
+Notable choices: the loss is a sum of per-token terms times weights that depend on the whole batch (`token_weights`), so
+a batch can be split into micro-batches; GRPO, Dr. GRPO, DAPO and GSPO are the same function with other settings
+(`VARIANTS`); a mask, never a length, marks the sampled tokens.
 """
 
 from typing import Any, Literal
@@ -22,36 +22,36 @@ VARIANTS: dict[Variant, dict[str, Any]] = {
                  dynamic_sampling=True),
     "gspo": dict(averaging="sequence", ratio="sequence", scale_by_std=True),
 }  # fmt: skip
-"""What each variant sets in a recipe (DeepSeekMath eq. 3; Dr. GRPO and DAPO: FACTS.md section 8.6)."""
+"""Settings of each variant in a recipe (DeepSeekMath eq. 3; Dr. GRPO and DAPO: FACTS.md section 8.6)."""
 
 
 def group_advantages(
     rewards: Float[Tensor, "groups size"], *, scale_by_std: bool = True, eps: float = 1e-4
 ) -> Float[Tensor, "groups size"]:
-    """How much better each answer is than its group: (r - mean) / (std + eps), or r - mean (Dr. GRPO).
+    """Return the group-relative advantages: (r - mean) / (std + eps), or r - mean (Dr. GRPO).
 
-    The papers leave the standard deviation open; here it is the sample's, as in TRL (PITFALLS 24). A group whose
-    rewards are all equal has advantage 0. Raises ValueError for groups of one, which have no standard deviation.
+    The papers do not define the standard deviation; here it is the sample standard deviation, as in TRL (PITFALLS 24).
+    A group of equal rewards has advantage 0. Raises `ValueError` for groups of one, which have no standard deviation.
     """
     if rewards.shape[1] < 2:
-        raise ValueError(f"group_size={rewards.shape[1]}: a group needs at least 2 answers to be compared")
+        raise ValueError(f"group_size={rewards.shape[1]}: must be at least 2, to compare answers")
     advantages = rewards - rewards.mean(1, keepdim=True)
-    advantages = advantages.masked_fill(is_flat(rewards)[:, None], 0.0)  # the mean of equal numbers is rounded
+    advantages = advantages.masked_fill(is_flat(rewards)[:, None], 0.0)  # the mean of equal values has rounding error
     return advantages / (rewards.std(1, keepdim=True) + eps) if scale_by_std else advantages
 
 
 def is_flat(rewards: Float[Tensor, "groups size"]) -> Bool[Tensor, "groups"]:
-    """Which groups teach nothing, because all their rewards are equal."""
+    """Return which groups have equal rewards, hence advantage 0 and no gradient."""
     return (rewards == rewards[:, :1]).all(1)
 
 
 def kl_estimate(
     logp: Float[Tensor, "*shape"], ref_logp: Float[Tensor, "*shape"], kind: Literal["k1", "k2", "k3"] = "k3"
 ) -> Float[Tensor, "*shape"]:
-    """KL(policy || reference) estimated from a token that the policy drew: its mean is the KL (k2: nearly).
+    """Estimate KL(policy || reference) per sampled token of the policy; its expectation is the KL (k2: approximately).
 
-    k3 = r - log r - 1 with r = reference / policy, never negative (DeepSeekMath eq. 4). As a loss the three differ: the
-    expected gradient of k1 is zero, of k2 the KL's own, of k3 that of KL(reference || policy) (PITFALLS 25).
+    k3 = r - log r - 1 with r = reference / policy, never negative (DeepSeekMath eq. 4). As losses the three differ: the
+    expected gradient of k1 is zero, of k2 that of the KL, of k3 that of KL(reference || policy) (PITFALLS 25).
     """
     log_ratio = ref_logp - logp
     if kind == "k1":
@@ -62,10 +62,11 @@ def kl_estimate(
 def token_weights(
     mask: Bool[Tensor, "batch seq"], averaging: Averaging, max_length: int | None = None
 ) -> Float[Tensor, "batch seq"]:
-    """What each token's term counts in the loss; `mask` marks the sampled tokens of the whole batch.
+    """Return the weight of each token in the loss; `mask` marks the sampled tokens of the whole batch.
 
-    "sequence": the mean over each sequence's tokens, then over sequences (GRPO). "token": the mean over all tokens
-    (DAPO). "constant": the sum divided by sequences * `max_length`, so that no length is favoured (Dr. GRPO).
+    "sequence": mean over each sequence's tokens, then over sequences (GRPO). "token": mean over all tokens (DAPO).
+    "constant": sum divided by sequences * `max_length`, so that the weight is independent of the length (Dr. GRPO).
+    Raises `ValueError` for "constant" without `max_length`.
     """
     ones = mask.double()
     if averaging == "sequence":
@@ -73,7 +74,7 @@ def token_weights(
     if averaging == "token":
         return ones / ones.sum().clamp(min=1)
     if max_length is None:
-        raise ValueError("max_length=None: averaging by a constant needs the longest answer allowed")
+        raise ValueError("max_length=None: averaging='constant' needs the maximum length of an answer")
     return ones / (len(mask) * max_length)
 
 
@@ -92,13 +93,13 @@ def grpo_loss(
     max_length: int | None = None,
     weights: Float[Tensor, "batch seq"] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """The loss to minimise (R1 eq. 1 per token, as DeepSeekMath eq. 3 writes it) and statistics.
+    """Return the loss to minimise (R1 eq. 1 per token, in the form of DeepSeekMath eq. 3) and statistics.
 
-    -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_weight * k3, averaged over tokens. rho is the ratio of
-    the probabilities of a token now and when it was sampled; with ratio="sequence" the geometric mean of these over the
-    sequence (GSPO). `ref_logp` None leaves the KL out. For a micro-batch pass its rows of the whole batch's
-    `token_weights` as `weights`; then the losses of the micro-batches add up to the batch's.
-    Statistics, sums over the tokens: "clipped", those whose gradient the clip took away, and "kl".
+    -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_weight * k3, averaged over tokens. rho is the importance
+    ratio: a token's probability now over that at sampling; with ratio="sequence" the geometric mean of these ratios
+    over the sequence (GSPO). `ref_logp` None omits the KL penalty. For a micro-batch, pass its rows of the whole
+    batch's `token_weights` as `weights`; the losses of the micro-batches then add up to the batch's.
+    Statistics, sums over the tokens: "clipped", the tokens whose gradient is clipped to zero, and "kl".
     """
     if weights is None:
         weights = token_weights(mask, averaging, max_length)

@@ -1,8 +1,8 @@
-"""R1 in miniature: the stages from a base model to R1, and what a small dense student can be taught.
+"""R1 in miniature: the stages from a base model to R1, and its distillation into a small dense student.
 
-Notable choices: a stage is a function that returns a trainer, so all share one way to be run, stopped, resumed and
-skipped; row.json is written last and makes a stage finished; every stage is asked the same held-out problems, and its
-row of the ledger can be read beside the others (FACTS.md section 8.3).
+Notable choices: a stage is a function that returns a trainer, so all stages are run, stopped, resumed and skipped in
+the same way; row.json is written last and marks a stage as finished; every stage is evaluated on the same held-out
+problems, so the rows of the ledger are comparable (FACTS.md section 8.3).
 """
 
 import copy
@@ -18,18 +18,19 @@ from typing import Any
 import torch
 
 from minids.config import ModelConfig, check_fields, require
-from minids.files import write_text_whole
+from minids.files import atomic_write_text
 from minids.model.transformer import MiniDS
 from minids.reasoning.budget import consensus
 from minids.reasoning.distill import Attempt, LogitTrainer, rejection_sample, student_config
+from minids.reasoning.r1_zero import BASE_RECIPE, base_config, load_base, pretraining_text
 from minids.reasoning.rewards import R1_ZERO_WEIGHTS, RuleReward
-from minids.reasoning.rl import RLRecipe, RLTrainer
 from minids.reasoning.rollout import Sample, answer, summary
 from minids.reasoning.sft import Example, SFTTrainer, as_lines, careful_solutions, read_examples, sft_recipe
 from minids.reasoning.tasks import Task, TraceTask
-from minids.reasoning.zero import BASE_RECIPE, base_config, load_base, web_text
-from minids.training.loop import TextData, Trainer, validation_batches
+from minids.reasoning.trainer import RLRecipe, RLTrainer
 from minids.training.loss import bits_per_byte
+from minids.training.pretrain import TextData, Trainer, validation_batches
+from minids.training.run import check_new, locked, read_run, write_run
 
 R1_WEIGHTS = {**R1_ZERO_WEIGHTS, "language": 0.1}
 MAX_NEW_TOKENS = RLRecipe().max_new_tokens
@@ -40,23 +41,37 @@ class R1Recipe:
     """How large the stages are. The defaults take some twenty minutes of one core."""
 
     seed: int = 0
+    """Seed of the initial weights, the problems and the sampled answers."""
     base_steps: int = BASE_RECIPE.steps
+    """Optimizer steps of the base model's pre-training."""
     student_steps: int = 2000
+    """Optimizer steps of the dense student's pre-training."""
     rl_steps: int = 100
-    """Of R1-Zero, of the same with a reward for English, of the reasoning RL, and of RL on the student."""
+    """Steps of each RL stage but the last: R1-Zero, R1-Zero with language reward, reasoning RL, RL of the student."""
     final_rl_steps: int = 50
+    """Steps of the last RL stage, which gives R1."""
     worked_solutions: int = 200
+    """Long worked solutions in the cold-start SFT data."""
     cold_start_epochs: int = 4
+    """Epochs of the cold-start SFT."""
     rejection_problems: int = 1600
+    """Problems for rejection sampling."""
     attempts: int = 4
-    """Answers that a teacher gives to each problem, of which `kept_of_each` are kept at most."""
+    """Answers that the teacher samples per problem, in rejection sampling and distillation."""
     kept_of_each: int = 2
+    """Maximum number of accepted answers that are kept per problem."""
     general_documents: int = 800
+    """General examples (solutions of short problems) that are added to the rejection-sampled answers."""
     sft_epochs: int = 2
+    """Epochs of the SFT on rejection-sampled and general examples."""
     distillation_problems: int = 2500
+    """Problems that R1 answers for the student."""
     distillation_epochs: int = 6
+    """Epochs of the student's SFT and of its distillation from logits."""
     evaluation_problems: int = 240
+    """Held-out problems in the evaluation of every stage, at least 2."""
     evaluation_samples: int = 8
+    """Answers per held-out problem: the k of pass@k and cons@k."""
 
     def __post_init__(self):
         check_fields(self, may_be_zero=("seed",))
@@ -69,53 +84,59 @@ SHORT = R1Recipe(
 )  # fmt: skip
 
 
-class R1Run:
-    """A folder with a folder for each stage, and the ledger."""
+class StageStopped(Exception):
+    """A stage was stopped before its end; the run can be resumed."""
 
-    def __init__(self, directory: Path, recipe: R1Recipe, progress: bool = True):
-        self.directory, self.recipe, self.progress = directory, recipe, progress
+
+class R1Run:
+    """A run of the R1 recipe: a folder with one folder per stage, and the ledger."""
+
+    def __init__(self, directory: Path, recipe: R1Recipe, progress: bool = True, device: str = "cpu"):
+        self.directory, self.recipe, self.progress, self.device = directory, recipe, progress, device
         self.task = TraceTask()
 
     @classmethod
-    def begin(cls, directory: Path, recipe: R1Recipe) -> "R1Run":
-        """A new folder, which says in r1.json what is to be made. Raises `ValueError` where it exists already."""
-        if directory.exists():
-            raise ValueError(f"{directory} exists: choose another --name, or go on with --resume {directory}")
-        directory.mkdir(parents=True)
-        write_text_whole(directory / "r1.json", json.dumps(asdict(recipe), indent=1))
-        return cls(directory, recipe)
+    def begin(cls, directory: Path, recipe: R1Recipe, device: str = "cpu") -> "R1Run":
+        """Create the folder of a new run, with its recipe in run.json. Raises `ValueError` if it exists already."""
+        check_new(directory)
+        made = cls(directory, recipe, device=device)
+        made.task.tokenizer.save(directory)
+        write_run(directory, "r1", {"recipe": asdict(recipe), "stages": CHAIN})
+        return made
 
     @classmethod
-    def load(cls, directory: Path) -> "R1Run":
-        """The run that `begin` began. Raises `ValueError` where r1.json is missing or damaged."""
-        path = directory / "r1.json"
+    def load(cls, directory: Path, device: str = "cpu") -> "R1Run":
+        """Load a run that `begin` created. Raises `ValueError` if run.json is missing, damaged, or of another kind."""
+        fields = read_run(directory)
+        if fields["kind"] != "r1":
+            raise ValueError(f"{directory} was made by {fields['kind']}, not by r1")
+        recipe = fields.get("recipe", {name: value for name, value in fields.items() if name != "kind"})
         try:
-            return cls(directory, R1Recipe(**json.loads(path.read_text())))
-        except FileNotFoundError:
-            raise ValueError(f"{directory} is no run of r1: it has no r1.json") from None
-        except (TypeError, json.JSONDecodeError, UnicodeDecodeError):
-            raise ValueError(f"{path} is damaged: not the description of a run") from None
+            return cls(directory, R1Recipe(**recipe), device=device)
+        except TypeError:
+            raise ValueError(f"{directory / 'run.json'} is damaged: not the description of a run") from None
 
     @functools.cached_property
     def text(self) -> TextData:
         """The pre-training documents."""
-        return web_text(self.task, self.recipe.seed)
+        return pretraining_text(self.task, self.recipe.seed)
 
     def model(self, stage: str) -> MiniDS:
-        """What a finished stage made."""
-        return load_base(self.directory / stage, self.task)
+        """Load the model of a finished stage."""
+        return load_base(self.directory / stage, self.task).to(self.device)
 
     def run(self, stages: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """Finish these stages (by default all) and what they need; returns the ledger, a row for each stage there is.
+        """Run these stages (by default all) and those that they need; return the ledger, a row per finished stage.
 
-        Raises `KeyboardInterrupt` where a stage was stopped.
+        Raises `StageStopped` where a stage was stopped.
         """
-        for stage in stages or STAGES:
-            self._finish(stage)
+        with locked(self.directory):
+            for stage in stages or STAGES:
+                self._finish(stage)
         return self.ledger()
 
     def ledger(self) -> list[dict[str, Any]]:
-        """The rows of the finished stages."""
+        """Return the rows of the finished stages."""
         paths = (self.directory / stage / "row.json" for stage in STAGES)
         return [json.loads(path.read_text()) for path in paths if path.exists()]
 
@@ -126,26 +147,27 @@ class R1Run:
         for needed in stage.needs:
             self._finish(needed)
         if self.progress:
-            print(f"{here}: {stage.__doc__}", flush=True)
+            print(f"{here}: {stage.purpose}", flush=True)
         resumed, began = here.exists(), time.process_time()
         here.mkdir(parents=True, exist_ok=True)
-        trainer = stage(self)
+        trainer = stage.make(self)
         trainer.run(directory=here, progress=self.progress)
         if trainer.step < trainer.recipe.steps:
-            raise KeyboardInterrupt
-        spent = None if resumed else time.process_time() - began  # a resumed stage knows only of its last part
+            raise StageStopped(name)
+        spent = None if resumed else time.process_time() - began  # unknown for a resumed stage
         figures, groups = self.measure(trainer.model)
-        asked = [Attempt.of(sample) for group in groups for sample in group]
-        write_text_whole(here / "held_out.jsonl", as_lines(asked))
+        attempts = [Attempt.of(sample) for group in groups for sample in group]
+        atomic_write_text(here / "held_out.jsonl", as_lines(attempts))
         row = {"stage": name, **figures, "cpu_seconds": spent}
-        write_text_whole(here / "row.json", json.dumps(row, indent=1))
-        write_text_whole(self.directory / "ledger.json", json.dumps(self.ledger(), indent=1))
+        atomic_write_text(here / "row.json", json.dumps(row, indent=1))
+        atomic_write_text(self.directory / "ledger.json", json.dumps(self.ledger(), indent=1))
 
     def measure(self, model: MiniDS) -> tuple[dict[str, float], list[list[Sample]]]:
-        """A row's figures, and the answers to the held-out problems that they come from.
+        """Return the figures of a row of the ledger, and the answers to the held-out problems.
 
-        Beside those of `rollout.summary`: "cons@k", the vote of all k samples; "mixed", the share of answers whose
-        thought uses both languages; "web", bits per byte of held-out pre-training documents.
+        The figures are those of `rollout.summary` and: "cons@k", the accuracy of the majority vote of all k samples;
+        "mixed", the fraction of answers whose thought uses both languages; "web", bits per byte of held-out
+        pre-training documents.
         """
         recipe, samples = self.recipe, self.recipe.evaluation_samples
         groups = answer(
@@ -163,7 +185,8 @@ class R1Run:
 
     def pretraining(self, config: ModelConfig, steps: int) -> Trainer:
         torch.manual_seed(self.recipe.seed)
-        return Trainer(MiniDS(config), self.text, replace(BASE_RECIPE, steps=steps, seed=self.recipe.seed))
+        recipe = replace(BASE_RECIPE, steps=steps, seed=self.recipe.seed)
+        return Trainer(MiniDS(config).to(self.device), self.text, recipe)
 
     def rl(self, start: str, weights: Mapping[str, float], steps: int, task: Task | None = None) -> RLTrainer:
         recipe = RLRecipe(steps=steps, seed=self.recipe.seed, evaluation_problems=80)
@@ -181,14 +204,14 @@ class R1Run:
         return random.Random(f"{purpose} {self.recipe.seed}")
 
     def examples(self, stage: str, make: Callable[[], list[Example]]) -> list[Example]:
-        """The examples of a stage, made once and then read from its examples.jsonl."""
+        """Return the examples of a stage; the first call makes them, later calls read examples.jsonl."""
         path = self.directory / stage / "examples.jsonl"
         if not path.exists():
-            write_text_whole(path, as_lines(make()))
+            atomic_write_text(path, as_lines(make()))
         return read_examples(path)
 
     def verified_answers(self, teacher: str, stage: str, problems: int) -> list[Example]:
-        """A teacher's answers to training problems that rules accept."""
+        """Sample a teacher's answers to training problems, and return those that the rules accept."""
         drawn = self.task.draw(self.rng(f"problems of {stage}"), problems)
         return rejection_sample(
             self.model(teacher), self.task.tokenizer, list({problem.prompt: problem for problem in drawn}.values()),
@@ -198,41 +221,47 @@ class R1Run:
         )  # fmt: skip
 
 
-STAGES: dict[str, Callable[[R1Run], Trainer | RLTrainer]] = {}
+@dataclass(frozen=True)
+class Stage:
+    """A stage: its trainer, the stages that it needs, and the text printed when it begins."""
+
+    make: Callable[[R1Run], Trainer | RLTrainer]
+    needs: tuple[str, ...]
+    purpose: str
 
 
-def stage(*needs: str) -> Callable[[Callable], Callable]:
-    """Make a function the stage of its name, which comes after those that it `needs`."""
+STAGES: dict[str, Stage] = {}
+CHAIN = ("base", "cold_start", "reasoning_rl", "rejection_sft", "r1")
+"""The stages that lead to R1; the last finished one has the run's model."""
+
+
+def stage(purpose: str, *, after: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+    """Register a function as the stage of its name."""
 
     def register(function: Callable[[R1Run], Trainer | RLTrainer]) -> Callable:
-        STAGES[function.__name__], function.needs = function, needs
+        STAGES[function.__name__] = Stage(function, tuple(after), purpose)
         return function
 
     return register
 
 
-@stage()
+@stage("pre-train a base model")
 def base(run: R1Run) -> Trainer:
-    """a base model reads the web"""
     return run.pretraining(base_config(run.task.tokenizer.vocab_size), run.recipe.base_steps)
 
 
-@stage("base")
+@stage("R1-Zero, for comparison: rewards for accuracy and format only", after=("base",))
 def zero(run: R1Run) -> RLTrainer:
-    """R1-Zero, to compare with: rewards for accuracy and format alone"""
     return run.rl("base", R1_ZERO_WEIGHTS, run.recipe.rl_steps)
 
 
-@stage("base")
+@stage("R1-Zero with a language reward for English, to measure its cost", after=("base",))
 def zero_english(run: R1Run) -> RLTrainer:
-    """the same with a reward for English, to know what that costs"""
     return run.rl("base", R1_WEIGHTS, run.recipe.rl_steps)
 
 
-@stage("base")
+@stage("cold start: SFT of the base on long worked solutions (the paper's Dev1)", after=("base",))
 def cold_start(run: R1Run) -> SFTTrainer:
-    """the base learns from a few long worked solutions (the paper's Dev1)"""
-
     def make() -> list[Example]:
         long = run.task.difficulties
         return careful_solutions(run.task, run.rng("cold start"), run.recipe.worked_solutions, long, widths=(1,))
@@ -241,16 +270,13 @@ def cold_start(run: R1Run) -> SFTTrainer:
     return run.sft("base", examples, run.recipe.cold_start_epochs, 1e-3)
 
 
-@stage("cold_start")
+@stage("RL with rewards for accuracy, format and language (Dev2)", after=("cold_start",))
 def reasoning_rl(run: R1Run) -> RLTrainer:
-    """rewards for accuracy, format and language (Dev2)"""
     return run.rl("cold_start", R1_WEIGHTS, run.recipe.rl_steps)
 
 
-@stage("base", "reasoning_rl")
+@stage("SFT of the base on that model's verified answers and on documents (Dev3)", after=("base", "reasoning_rl"))
 def rejection_sft(run: R1Run) -> SFTTrainer:
-    """the base learns verified answers of that model, and general documents (Dev3)"""
-
     def make() -> list[Example]:
         short = [n for n in run.task.document_difficulties if n not in run.task.difficulties]
         general = careful_solutions(run.task, run.rng("general"), run.recipe.general_documents, short, widths=(0, 1, 2))
@@ -259,30 +285,25 @@ def rejection_sft(run: R1Run) -> SFTTrainer:
     return run.sft("base", run.examples("rejection_sft", make), run.recipe.sft_epochs, 1e-3)
 
 
-@stage("rejection_sft")
+@stage("R1: RL on problems of every length", after=("rejection_sft",))
 def r1(run: R1Run) -> RLTrainer:
-    """R1: rewards on problems of every length"""
     every_length = copy.copy(run.task)
     every_length.difficulties = run.task.document_difficulties
     return run.rl("rejection_sft", R1_WEIGHTS, run.recipe.final_rl_steps, every_length)
 
 
-@stage()
+@stage("pre-train a small dense student")
 def student(run: R1Run) -> Trainer:
-    """a small dense student reads the web"""
     return run.pretraining(student_config(run.task.tokenizer.vocab_size), run.recipe.student_steps)
 
 
-@stage("student")
+@stage("RL of the student", after=("student",))
 def student_rl(run: R1Run) -> RLTrainer:
-    """the student learns from rewards alone"""
     return run.rl("student", R1_ZERO_WEIGHTS, run.recipe.rl_steps)
 
 
-@stage("student", "r1")
+@stage("SFT of the student on R1's verified answers", after=("student", "r1"))
 def student_sft(run: R1Run) -> SFTTrainer:
-    """the student learns R1's verified answers"""
-
     def make() -> list[Example]:
         return run.verified_answers("r1", "student_sft", run.recipe.distillation_problems)
 
@@ -290,15 +311,14 @@ def student_sft(run: R1Run) -> SFTTrainer:
     return run.sft("student", examples, run.recipe.distillation_epochs, 2e-3)
 
 
-@stage("student", "r1", "student_sft")
+@stage("distillation of R1's logits on those answers into the student", after=("student", "r1", "student_sft"))
 def student_logits(run: R1Run) -> SFTTrainer:
-    """the student learns R1's probabilities of the tokens of those answers"""
     examples = read_examples(run.directory / "student_sft" / "examples.jsonl")
     return run.sft("student", examples, run.recipe.distillation_epochs, 2e-3, teacher="r1")
 
 
 def ledger_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The ledger to read: a line for each stage."""
+    """Format the ledger as a table, one line per stage."""
     columns = [name for name in rows[0] if name.startswith(("pass@", "cons@")) and not name.endswith("interval")]
     columns += ["length", "reward/format", "reward/language", "mixed", "web", "cpu_seconds"]
     lines = [f"{'stage':16}" + "".join(f"{name.removeprefix('reward/'):>12}" for name in columns)]

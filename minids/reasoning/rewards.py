@@ -1,7 +1,8 @@
-"""Rewards by rule: is the answer right, does it have the form, is the thought in one language, does the program work.
+"""Rule-based rewards: accuracy (by comparison or by unit tests), format, and language consistency.
 
-Notable choices: an answer is read from tokens, not from text, so nobody can forge a tag by spelling it; a part is a
-plain function of a problem and a response; no part looks at the thought's content, which would be a thing to please.
+Notable choices: a response is parsed from tokens, not from text, so a spelled-out tag is not a tag; a part is a plain
+function of a problem and a response; no reward reads the reasoning itself, only its language, so the reasoning cannot
+be reward-hacked.
 """
 
 import itertools
@@ -10,18 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from minids.data.tokenizer import Tokenizer
-from minids.reasoning.sandbox import Verdict
 from minids.reasoning.tasks import Problem
+from minids.sandbox.judge import Verdict
 
 TEMPLATE = ["<think>", "</think>", "<answer>", "</answer>", "<eos>"]
 
 
 @dataclass(frozen=True)
 class Response:
-    """What a model wrote after a prompt: its tokens, and what can be read from them.
+    """A model's output after a prompt: its tokens, and the thought and answer parsed from them.
 
-    `thought` and `answer` are None where they are not there to be read: a thought that is never closed; an answer that
-    is not the only one, that stands inside the thought or after an unclosed one, or that the output did not end with.
+    `thought` is None if it is never closed. `answer` is None if there is none or more than one, if it is inside the
+    thought or after an unclosed one, or if the output does not end with it.
     """
 
     tokens: tuple[int, ...]
@@ -33,7 +34,7 @@ class Response:
 
 
 def read_response(tokens: Sequence[int], tokenizer: Tokenizer) -> Response:
-    """Read a response, prompt not included."""
+    """Parse the tokens of a response, without the prompt."""
     names = {tokenizer.token_id(name): name for name in TEMPLATE}
     tags, texts, piece = [], [], []
     for token in tokens:
@@ -43,7 +44,7 @@ def read_response(tokens: Sequence[int], tokenizer: Tokenizer) -> Response:
             piece = []
         else:
             piece.append(token)
-    texts.append(_decode(piece, tokenizer))  # texts[i] is what stands before tag i, the last what follows all tags
+    texts.append(_decode(piece, tokenizer))  # texts[i] precedes tag i, the last one follows all tags
     ended = tags[-1:] == ["<eos>"] and tags.count("<eos>") == 1 and not piece
     between = (texts[0], *texts[2:3], *texts[4:])
     well_formed = tags == TEMPLATE and not any(text.strip() for text in between)
@@ -56,25 +57,25 @@ def read_response(tokens: Sequence[int], tokenizer: Tokenizer) -> Response:
 
 
 def _decode(tokens: Sequence[int], tokenizer: Tokenizer, **options: bool) -> str:
-    """Text of the tokens; U+FFFD for tokens without text, which a model with a padded vocabulary may draw."""
+    """Decode tokens; U+FFFD for tokens without text, which a model with a padded vocabulary may sample."""
     runs = itertools.groupby(tokens, lambda token: token < tokenizer.vocab_size)
     return "".join(tokenizer.decode(list(run), **options) if known else "\ufffd" for known, run in runs)
 
 
 def exact_answer(problem: Problem, response: Response) -> float:
-    """1 where the answer is the problem's, character by character: a look-alike digit is another answer."""
+    """Return 1 if the answer equals the problem's character by character, else 0; a look-alike digit is incorrect."""
     return float(response.answer is not None and response.answer.strip() == problem.answer)
 
 
 def has_form(response: Response) -> float:
-    """1 for <think>...</think><answer>...</answer><eos> and nothing else."""
+    """Return the format reward: 1 for <think>...</think><answer>...</answer><eos> and nothing else, else 0."""
     return float(response.well_formed)
 
 
 def language_consistency(response: Response) -> float:
-    """Share of the thought's words that are English (FACTS.md section 8.2); 1 without words.
+    """Return the fraction of the thought's words that are English (FACTS.md section 8.2); 1 without words.
 
-    A word is two or more Latin letters, or up to two Han characters. 0 where there is no thought to read.
+    A word is two or more Latin letters, or up to two Han characters. Returns 0 if there is no thought.
     """
     if response.thought is None:
         return 0.0
@@ -84,11 +85,11 @@ def language_consistency(response: Response) -> float:
 
 
 Judge = Callable[[list[tuple[str, str]]], list[Verdict]]
-"""Runs (program, tests) pairs: `Sandbox.run_many`."""
+"""Judge of (program, tests) pairs: `Sandbox.run_many`."""
 
 
 def unit_tests(problems: Sequence[Problem], responses: Sequence[Response], judge: Judge) -> list[float]:
-    """1 where the answer is a program that passes the problem's tests. What was judged once is not run again."""
+    """Return 1 for each answer that is a program passing the problem's tests, else 0; equal pairs are run once."""
     jobs = [(response.answer or "", problem.tests) for problem, response in zip(problems, responses, strict=True)]
     distinct = list(dict.fromkeys(job for job in jobs if job[0].strip()))
     verdicts = dict(zip(distinct, judge(distinct), strict=True)) if distinct else {}
@@ -97,22 +98,22 @@ def unit_tests(problems: Sequence[Problem], responses: Sequence[Response], judge
 
 @dataclass(frozen=True)
 class Score:
-    """The parts of a reward, each from 0 to 1, and what is maximised: their weighted sum."""
+    """The parts of a reward, each from 0 to 1, and their weighted sum `total`, which training maximises."""
 
     parts: Mapping[str, float]
     total: float
 
 
 Reward = Callable[[Sequence[Problem], Sequence[Response]], list[Score]]
-"""What the trainer asks: the scores of a batch of responses to as many problems."""
+"""Scores a batch of responses to as many problems."""
 
 
 @dataclass(frozen=True)
 class RuleReward:
-    """accuracy + 0.1 form, and if wanted the language: the rewards of R1-Zero (FACTS.md section 8.2).
+    """Weighted sum of accuracy, format and language rewards; R1-Zero: accuracy + 0.1 format (FACTS.md section 8.2).
 
-    With a judge, accuracy is that of programs, by unit tests; without one, that of answers, by comparison.
-    Parts without a weight are only reported. Raises ValueError for a weight of a part that does not exist.
+    With a judge, accuracy is determined by unit tests of the program; without one, by comparison of the answer.
+    Parts without a weight are only reported. Raises `ValueError` for a weight of an unknown part.
     """
 
     weights: Mapping[str, float]
@@ -129,8 +130,8 @@ class RuleReward:
         else:
             accuracy = unit_tests(problems, responses, self.judge)
         scores = []
-        for right, response in zip(accuracy, responses, strict=True):
-            parts = {"accuracy": right, "format": has_form(response), "language": language_consistency(response)}
+        for correct, response in zip(accuracy, responses, strict=True):
+            parts = {"accuracy": correct, "format": has_form(response), "language": language_consistency(response)}
             scores.append(Score(parts, sum(self.weights.get(name, 0.0) * value for name, value in parts.items())))
         return scores
 

@@ -1,8 +1,8 @@
-"""Sampling answers with their log-probabilities, computing these again for training, and judging a model by pass@k."""
+"""Sample answers with their log-probabilities, recompute these for training, and evaluate a model by pass@k."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +19,7 @@ from minids.reasoning.tasks import Problem
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer of a model: what was asked, what it wrote, the log-probability of each token, and its score."""
+    """One answer of a model: the problem, the prompt, the response, the log-probability of each token, the score."""
 
     problem: Problem
     prompt: list[int]
@@ -30,26 +30,28 @@ class Sample:
 
 @dataclass(frozen=True)
 class PaddedSamples:
-    """Prompts and responses padded on the right; for each position but the last: was the next token sampled, and
-    with what log-probability."""
+    """Prompts and responses as one batch, padded on the right.
+
+    `mask[:, t]` tells whether token t + 1 was sampled, `old_logp[:, t]` with which log-probability.
+    """
 
     tokens: Int[Tensor, "batch seq_plus_1"]
     mask: Bool[Tensor, "batch seq"]
     old_logp: Float[Tensor, "batch seq"]
 
     def rows(self, rows: Int[Tensor, "rows"]) -> "PaddedSamples":
-        """Some of them, as narrow as they can be: `mask` ends where the longest of these does."""
+        """Return some rows without common padding: `mask` ends at the longest of these rows."""
         seq = int(self.mask[rows].any(0).nonzero().max()) + 1
         return PaddedSamples(self.tokens[rows, : seq + 1], self.mask[rows, :seq], self.old_logp[rows, :seq])
 
-    def load(self, routing: Routing) -> Int[Tensor, "experts"]:
-        """Tokens that each expert read in the forward pass, padding not counted."""
-        read = self.mask.int().flip(1).cumsum(1).flip(1) > 0  # up to the last position that predicts a sampled token
-        return torch.bincount(routing.experts[read].flatten(), minlength=routing.scores.shape[-1])
+    def tokens_per_expert(self, routing: Routing) -> Int[Tensor, "experts"]:
+        """Return the number of tokens per expert in the forward pass, without padding."""
+        used = self.mask.int().flip(1).cumsum(1).flip(1) > 0  # up to the last position that predicts a sampled token
+        return torch.bincount(routing.experts[used].flatten(), minlength=routing.scores.shape[-1])
 
 
 def pad(samples: Sequence[Sample], device: torch.device | str = "cpu") -> PaddedSamples:
-    """The samples as one batch."""
+    """Pad samples to one batch."""
     sequences = [[*sample.prompt, *sample.response.tokens] for sample in samples]
     longest = max(map(len, sequences))
     tokens = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences], device=device)
@@ -62,25 +64,6 @@ def pad(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Padded
     return PaddedSamples(tokens, mask, old_logp)
 
 
-@dataclass(frozen=True)
-class _Recording(Sampling):
-    """Draws as `Sampling` does and keeps the log-probabilities of what it drew last."""
-
-    last: list[float] = field(default_factory=list)
-
-    def draw(
-        self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator | None = None
-    ) -> Int[Tensor, "batch"]:
-        if self.temperature == 0:
-            tokens = logits.argmax(-1)
-            self.last[:] = [0.0] * len(tokens)
-            return tokens
-        logp = (at_least_float32(logits) / self.temperature).log_softmax(-1)
-        tokens = torch.multinomial(logp.exp(), 1, generator=generator)
-        self.last[:] = logp.gather(1, tokens)[:, 0].tolist()
-        return tokens[:, 0]
-
-
 def sample(
     model: MiniDS,
     prompts: list[list[int]],
@@ -91,9 +74,9 @@ def sample(
     generator: torch.Generator | None = None,
     max_cache_bytes: int = 2**28,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Let the model answer every prompt; returns tokens, up to and including `stop`, and their log-probabilities.
+    """Sample an answer to every prompt; return its tokens, up to and including `stop`, and their log-probabilities.
 
-    As many sequences run at once as `max_cache_bytes` of cache allow. Raises ValueError where not even one fits.
+    The batch is as large as `max_cache_bytes` of KV cache allow. Raises `ValueError` where one sequence does not fit.
     """
     slots = max(map(len, prompts)) + max_new_tokens
     at_once = max_cache_bytes // model.new_cache(1, slots).num_bytes()
@@ -102,10 +85,10 @@ def sample(
     responses: list[list[int]] = [[] for _ in prompts]
     logps: list[list[float]] = [[] for _ in prompts]
     for first in range(0, len(prompts), at_once):
-        sampling = _Recording(temperature)
+        sampling = Sampling(temperature)
         options = dict(max_new_tokens=max_new_tokens, sampling=sampling, stop=[stop], generator=generator)
-        for alive, drawn in stream(model, prompts[first : first + at_once], **options):
-            for row, token, logp in zip(alive, drawn, sampling.last, strict=True):
+        for alive, drawn, drawn_logps in stream(model, prompts[first : first + at_once], **options):
+            for row, token, logp in zip(alive, drawn, drawn_logps, strict=True):
                 responses[first + row].append(token)
                 logps[first + row].append(logp)
     return responses, logps
@@ -114,7 +97,7 @@ def sample(
 def token_logps(
     model: MiniDS, tokens: Int[Tensor, "batch seq_plus_1"], temperature: float = 1.0
 ) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"], list[Routing]]:
-    """Log-probability of each next token under the distribution that was sampled from, its entropy, the routings."""
+    """Return the log-probability of each next token under the sampling distribution, its entropy, and the routings."""
     out = model(tokens[:, :-1])
     logp = (at_least_float32(out.logits) / temperature).log_softmax(-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
@@ -129,7 +112,7 @@ def answer(
     group_size: int,
     **options,
 ) -> list[list[Sample]]:
-    """A group of scored answers to each problem. Options as in `sample`."""
+    """Sample a group of scored answers to each problem; `options` are those of `sample`."""
     repeated = [problem for problem in problems for _ in range(group_size)]
     prompts = [[tokenizer.bos_id, *tokenizer.encode(problem.prompt)] for problem in repeated]
     tokens, logps = sample(model, prompts, stop=tokenizer.eos_id, **options)
@@ -139,13 +122,16 @@ def answer(
     return [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
 
 
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Chance that k of the samples, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k)."""
-    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Return the probability that k samples, drawn without replacement, include a correct one.
+
+    1 - C(n - c, k) / C(n, k) for n samples, c of them correct.
+    """
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % confidence interval, by the spread between problems."""
+    """Return the mean, and half the width of its 95 % confidence interval from the spread between problems."""
     values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
 
@@ -153,27 +139,27 @@ def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
 def evaluate(
     model: MiniDS, tokenizer: Tokenizer, problems: Sequence[Problem], reward: Reward, *, samples: int, **options
 ) -> dict[str, float]:
-    """`summary` of `samples` answers to each problem, the same draws every time. Options as in `sample`."""
+    """Return the `summary` of `samples` answers to each problem, sampled with a fixed seed; options as in `sample`."""
     generator = torch.Generator(model.head.weight.device).manual_seed(0)
     return summary(answer(model, tokenizer, problems, reward, samples, generator=generator, **options))
 
 
 def summary(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
-    """pass@1 and pass@k of groups of k answers, with half their 95 % intervals; mean length and reward parts.
+    """Return pass@1 and pass@k of groups of k answers, with half their 95 % intervals; mean length and reward parts.
 
-    A reward without "accuracy", because nothing is right or wrong, has no pass@k.
+    A reward without "accuracy", for tasks without a correct answer, has no pass@k.
     """
     samples = len(groups[0])
-    rights = [sum(sample.score.parts.get("accuracy") == 1 for sample in group) for group in groups]
+    correct_counts = [sum(sample.score.parts.get("accuracy") == 1 for sample in group) for group in groups]
     metrics = {}
     for k in sorted({1, samples}) if "accuracy" in groups[0][0].score.parts else ():
-        mean, half = mean_with_interval([pass_at_k(samples, right, k) for right in rights])
+        mean, half = mean_with_interval([pass_at_k(samples, correct, k) for correct in correct_counts])
         metrics |= {f"pass@{k}": mean, f"pass@{k}_interval": half}
     return metrics | averages([sample for group in groups for sample in group])
 
 
 def averages(samples: Sequence[Sample]) -> dict[str, float]:
-    """Mean reward, its parts, mean length in tokens, and the share of answers that did not end."""
+    """Return the mean reward, its parts, the mean length in tokens, and the fraction of answers that did not end."""
     count = len(samples)
     parts = {name: sum(s.score.parts[name] for s in samples) / count for name in samples[0].score.parts}
     return {
@@ -185,7 +171,7 @@ def averages(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def samples_as_text(groups: Sequence[Sequence[Sample]], of_each: int = 4) -> str:
-    """Every group's problem and its first answers, each with its score."""
+    """Format every group's problem and its first answers, each with its score."""
     lines = []
     for group in groups:
         lines.append(group[0].problem.prompt)

@@ -1,7 +1,7 @@
-"""Checkpoints that are either whole or absent, hold no code, and say so when they were damaged.
+"""Checkpoints: written atomically, verified by checksum, without executable code.
 
-A checkpoint is a folder of safetensors files and one `state.json` that names them with their SHA-256. It is written
-beside its final place, forced to the disk and then renamed, so that a crash at any time leaves the previous one whole.
+A checkpoint is a folder of safetensors files and a `state.json` with their SHA-256 digests. It is written beside its
+destination, flushed to the disk and renamed, so a crash at any time leaves the previous checkpoint intact.
 """
 
 import hashlib
@@ -15,19 +15,33 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minids.config import ModelConfig
-from minids.files import save_tensors, written_whole
-from minids.model.fp8_linear import convert_to_fp8
+from minids.files import atomic_directory, save_tensors
+from minids.fp8.linear import convert_to_fp8
 from minids.model.transformer import MiniDS
+
+# Tensor names of version 0.1, and the names that replaced them.
+OLD_NAMES = {
+    "attention.q_proj.0.weight": "attention.q_down_proj.weight",
+    "attention.q_proj.1.weight": "attention.q_norm.weight",
+    "attention.q_proj.2.weight": "attention.q_up_proj.weight",
+}
+
+
+def present_name(name: str) -> str:
+    """Convert the name of a stored tensor or optimizer state to the current one."""
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
 
 
 def save_checkpoint(destination: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write `tensors` (a safetensors file per key) and `state` (JSON) as the folder `destination`, or nothing.
+    """Write `tensors` (one safetensors file per key) and `state` (JSON) atomically to the folder `destination`.
 
-    Raises `ValueError` where `destination` exists already, `OSError` where the disk refuses.
+    Raises `ValueError` if `destination` exists, `OSError` if writing fails.
     """
     if destination.exists():
-        raise ValueError(f"{destination} exists already")
-    with written_whole(destination) as folder:
+        raise ValueError(f"{destination} exists already: checkpoints are never overwritten")
+    with atomic_directory(destination) as folder:
         for name, content in tensors.items():
             content = {key: tensor.detach().contiguous().cpu() for key, tensor in content.items()}
             save_tensors(content, folder / f"{name}.safetensors")
@@ -35,50 +49,50 @@ def save_checkpoint(destination: Path, tensors: dict[str, dict[str, Tensor]], st
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Make a checkpoint of the safetensors files in `folder`."""
+    """Write `state.json`, with `state` and the digests of all files in `folder`."""
     digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
     fields = {"files": digests, "state": state}
     (folder / "state.json").write_text(json.dumps(fields | {"digest": _digest_of_fields(fields)}, indent=1))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read what `save_checkpoint` wrote. Raises `ValueError` naming the file that is missing, damaged or changed."""
+    """Read a checkpoint: (tensors, state). Raises `ValueError` naming a file that is missing, damaged or changed."""
     state, tensors = read_state(folder), {}
     for path in folder.glob("*.safetensors"):
         try:
-            tensors[path.stem] = load_file(path)
+            tensors[path.stem] = {present_name(name): tensor for name, tensor in load_file(path).items()}
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
     return tensors, state
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose files are all there as they were written; else raises `ValueError`."""
+    """Read the state of a checkpoint and verify all its files. Raises `ValueError` if one is missing or damaged."""
     try:
         fields = json.loads((folder / "state.json").read_text())
         intact = fields.pop("digest") == _digest_of_fields(fields)
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no checkpoint: it has no state.json") from None
+        raise ValueError(f"{folder} is not a checkpoint: it has no state.json") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise ValueError(f"{folder / 'state.json'} is damaged: its content is not what was saved")
+        raise ValueError(f"{folder / 'state.json'} is damaged: its checksum does not match; {_remedy(folder)}")
     for name, digest in fields["files"].items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing from the checkpoint")
+            raise ValueError(f"{path} is missing from the checkpoint; {_remedy(folder)}")
         if _digest(path) != digest:
-            raise ValueError(f"{path} is damaged: its content is not what was saved")
+            raise ValueError(f"{path} is damaged: its checksum does not match; {_remedy(folder)}")
     return fields["state"]
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint of the highest step in `directory`, a folder of `step-...` folders."""
+    """Find the `step-...` folder with the highest step in `directory`; None if there is none."""
     return max(directory.glob("step-*"), default=None)
 
 
 def load_model(directory: Path) -> MiniDS:
-    """The model of a run's newest checkpoint. Raises `ValueError` where there is none or it is damaged."""
+    """Load the model of a run's newest checkpoint. Raises `ValueError` if there is none or it is damaged."""
     newest = latest_checkpoint(directory / "checkpoints")
     if newest is None:
         raise ValueError(f"{directory} holds no checkpoint")
@@ -91,12 +105,10 @@ def load_model(directory: Path) -> MiniDS:
     return model
 
 
-def optimizer_tensors(
-    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
-    """The state of every parameter under the parameter's name: `layers.0.ffn.up_proj.weight/exp_avg`.
+def optimizer_tensors(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Collect the optimizer states of all parameters by name, as in `layers.0.ffn.up_proj.weight/exp_avg`.
 
-    A step count becomes a vector of one element, since torch's distributed writer loses scalars.
+    A step count becomes a vector of one element, because torch's distributed writer drops scalars.
     """
     states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
     return {
@@ -109,7 +121,7 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """Load the output of `optimizer_tensors`. Raises `ValueError` for states of parameters that are not trained."""
     owners = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
@@ -121,7 +133,7 @@ def load_optimizer_tensors(
 
 
 def random_states(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The states of the generators that a step could draw from."""
+    """Return the states of the random generators that a training step could use."""
     states = {"cpu": torch.get_rng_state()}
     if next(model.parameters()).is_cuda:
         states["cuda"] = torch.cuda.get_rng_state()
@@ -129,10 +141,14 @@ def random_states(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def set_random_states(states: dict[str, Tensor]) -> None:
-    """The inverse of `random_states`."""
+    """Restore the output of `random_states`."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete {folder} to go on from an earlier checkpoint"
 
 
 def _digest_of_fields(fields: dict[str, Any]) -> str:

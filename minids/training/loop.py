@@ -1,192 +1,194 @@
-"""Pre-training: what a step on text does, and how a model is judged in between.
+"""Training loop with metrics and checkpoints, which can be stopped, killed and resumed.
 
-Notable choices: a step is a function of (model, optimizer state, data position); the gradient, the loss and the expert
-loads are those of the whole global batch, however it is cut into micro-batches.
+Notable choices: a step is a function of the contents of a checkpoint, so a resumed run is bitwise equal to an
+uninterrupted one; every step appends one JSON object to metrics.jsonl.
 """
 
 import dataclasses
-import math
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from minids.config import ModelConfig, check_fields
-from minids.data.batches import Batch, BatchStream, TokenizedCorpus, evaluation_batches
-from minids.data.tokenizer import Tokenizer
-from minids.model.fp8_linear import convert_to_fp8
-from minids.model.moe import max_violation
 from minids.model.transformer import MiniDS
-from minids.training.loss import Losses, Share, bits_per_byte, losses
-from minids.training.metrics import Metrics
-from minids.training.optimizer import Schedule, make_optimizers
-from minids.training.resumable import Diverged, Loop
+from minids.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    random_states,
+    read_state,
+    save_checkpoint,
+    set_random_states,
+)
+from minids.training.metrics import Metrics, metrics_file
+from minids.training.run import locked
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained; sizes in sequences and tokens.
+class Diverged(ArithmeticError):
+    """The loss or the gradient is infinite or NaN, or the loss far exceeds that of a uniform prediction."""
 
-    The defaults train the preset `tiny` for two minutes on two CPU cores; larger models want smaller learning rates.
-    Weights of the losses, decay and clipping are V3's (FACTS.md section 7.1).
+
+class Loop:
+    """State and loop of a training run. Subclasses implement `train_step`, `evaluation_metrics` and `progress_message`.
+
+    `train_step()` takes one optimizer step, increments `step` and returns its metrics; `evaluation_metrics(directory)`
+    returns the metrics of an evaluation, every `evaluate_every` steps; `progress_message(metrics)` is shown on the
+    progress bar. `recipe` has the fields `steps`, `evaluate_every`, `checkpoint_every` and `clip_norm`.
     """
 
-    steps: int = 800
-    batch_size: int = 4
-    """Sequences per optimizer step."""
-    micro_batch_size: int | None = None
-    """Sequences per forward pass; None takes the whole batch at once."""
-    seq_len: int = 256
-    learning_rate: float = 6e-3
-    warmup_steps: int = 30
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    moments: Literal["fp32", "bf16"] = "fp32"
-    """In what AdamW's moments rest; V3's rest in bf16."""
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    mtp_weight: float = 0.3
-    """Weight of the multi-token prediction loss; a third of it once the learning rate falls."""
-    balance_speed: float = 0.001
-    """How far a step moves a router's bias; 0 in the last stretch."""
-    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
-    seed: int = 0
-    evaluate_every: int = 100
-    evaluation_batches: int = 16
-    checkpoint_every: int = 100
+    writes_files = True  # false on all ranks but one in distributed training
+    evaluates_the_start = False  # whether to evaluate before the first step
 
-    def __post_init__(self):
-        check_fields(self, may_be_zero=("warmup_steps", "seed", "weight_decay", "mtp_weight", "balance_speed"))
+    def __init__(self, model: MiniDS, recipe: Any, optimizers: list[torch.optim.Optimizer]):
+        self.model, self.recipe, self.optimizers, self.step = model, recipe, optimizers, 0
 
+    def run(
+        self,
+        *,
+        directory: Path | None = None,
+        progress: bool = True,
+        tensorboard: bool = False,
+        on_step: Callable[[Metrics], None] | None = None,
+    ) -> list[Metrics]:
+        """Train to the last step of the recipe or the first Ctrl-C; return the metrics of the steps taken.
 
-@dataclass(frozen=True)
-class TextData:
-    """What a model is trained and judged on."""
-
-    train: TokenizedCorpus
-    validation: TokenizedCorpus
-    tokenizer: Tokenizer
-
-
-def training_batches(data: TextData, recipe: Recipe) -> BatchStream:
-    """The global batches of a run, from the first."""
-    return BatchStream(data.train, batch_size=recipe.batch_size, seq_len=recipe.seq_len, seed=recipe.seed)
-
-
-def validation_batches(data: TextData, recipe: Recipe) -> Iterator[Batch]:
-    """What a run is judged on."""
-    rows = recipe.micro_batch_size or recipe.batch_size
-    return evaluation_batches(
-        data.validation, batch_size=rows, seq_len=recipe.seq_len, max_batches=recipe.evaluation_batches
-    )
-
-
-def check(config: ModelConfig, data: TextData, recipe: Recipe) -> None:
-    """Raise `ValueError` where a model, a text and a recipe do not fit together."""
-    if recipe.seq_len > config.max_position_embeddings:
-        raise ValueError(f"seq_len={recipe.seq_len}: the context holds {config.max_position_embeddings}")
-    if data.tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"vocab_size={config.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} tokens")
-    training_batches(data, recipe)  # a text that is too short should be known now
-    validation_batches(data, recipe)
-
-
-class Trainer(Loop):
-    """A model that learns from text; its checkpoints also hold the position in the text."""
-
-    def __init__(self, model: MiniDS, data: TextData, recipe: Recipe):
-        check(model.config, data, recipe)
-        if recipe.precision == "fp8":
-            convert_to_fp8(model)
-        optimizers = make_optimizers(
-            model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.moments
-        )
-        super().__init__(model, recipe, optimizers)
-        self.data, self.schedule = data, Schedule(recipe.steps, recipe.warmup_steps)
-        self.stream = training_batches(data, recipe)
-
-    def judge(self, directory: Path | None) -> Metrics:
-        return {"validation_bits_per_byte": self.evaluate()}
-
-    def summary(self, metrics: Metrics) -> str:
-        return f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
-
-    def train_step(self) -> Metrics:
-        """One optimizer step on the next global batch. Raises `Diverged`, leaving the weights as they were."""
-        recipe, began = self.recipe, time.perf_counter()
-        mtp_weight = recipe.mtp_weight / (3 if self.schedule.is_falling(self.step) else 1)
-        learning_rate = recipe.learning_rate * self.schedule.learning_rate_factor(self.step)
-        balance_speed = 0.0 if self.schedule.has_fallen(self.step) else recipe.balance_speed
-
-        self.model.train()
-        sums, loads = self.backward(next(self.stream), mtp_weight)
-        norm = self.clip_gradients()
-        main = sums.main.item()
-        if not math.isfinite(norm) or not main < 3 * math.log(self.model.config.vocab_size):
-            raise Diverged(
-                f"training diverged in step {self.step + 1} (loss {main:.4g}, gradient norm {norm:.4g}): "
-                f"learning_rate={recipe.learning_rate!r} may be too high"
-            )
-
-        self.descend(learning_rate)
-        self.step += 1
-        metrics = {
-            "step": self.step,
-            "loss": main,
-            "mtp_loss": sums.mtp.item(),
-            "balance_loss": sums.balance.item(),
-            "learning_rate": learning_rate,
-            "gradient_norm": norm,
-        }
-        if loads is not None:
-            self.model.update_balance_bias(loads, balance_speed)
-            metrics["max_violation"] = max_violation(loads).mean().item()
-        tokens = recipe.batch_size * recipe.seq_len
-        seconds = time.perf_counter() - began
-        return metrics | {"tokens": self.step * tokens, "tokens_per_second": tokens / seconds}
-
-    def backward(
-        self, batch: Batch, mtp_weight: float, share: Share | None = None
-    ) -> tuple[Losses, torch.Tensor | None]:
-        """Gradients, losses and expert loads of a global batch, whatever the micro-batches it is cut into.
-
-        With `share`, that of the global batch, `batch` is a part of one.
+        With `directory`, resume from its newest checkpoint if there is one, and write checkpoints and metrics.jsonl to
+        it, with `tensorboard` also a folder of that name. `on_step` is called with the metrics of each step.
+        Raises `Diverged` if the loss diverges (the last checkpoint remains), `ValueError` if another process uses
+        `directory`.
         """
-        share = share or Share.of(batch)
-        device = self.model.head.weight.device
-        parts, loads = [], None
-        for micro in micro_batches(batch, self.recipe.micro_batch_size or len(batch.tokens)):
-            micro = Batch(micro.tokens.to(device), micro.documents.to(device), micro.domains)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-                out = self.model(micro.tokens[:, :-1], mtp=bool(mtp_weight))
-            part = losses(self.model, out, micro, share)
-            part.total(mtp_weight).backward()
-            parts.append(Losses(part.main.detach(), part.mtp.detach(), part.balance.detach()))
-            if out.routings:
-                loads = out.loads if loads is None else loads + out.loads
-        return Losses(*(sum(getattr(p, f.name) for p in parts) for f in dataclasses.fields(Losses))), loads
+        with locked(directory) if directory is not None and self.writes_files else nullcontext():
+            return self._run(directory, progress, tensorboard, on_step)
 
-    def evaluate(self) -> float:
-        """Bits per byte of a fixed sample of the validation text."""
-        self.model.eval()
-        return bits_per_byte(self.model, validation_batches(self.data, self.recipe), self.data.tokenizer.token_bytes())
+    def _run(
+        self,
+        directory: Path | None,
+        progress: bool,
+        tensorboard: bool,
+        on_step: Callable[[Metrics], None] | None,
+    ) -> list[Metrics]:
+        steps = self.recipe.steps
+        if directory is not None and (newest := latest_checkpoint(directory / "checkpoints")):
+            self.load(newest)
+        written = directory if self.writes_files else None
+        history, hidden = [], not (progress and self.writes_files)
+        bar = tqdm(total=steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
+        file = metrics_file(written, self.step or -1, tensorboard)
+        with bar, stop_requests() as stop_requested, file as write:
+
+            def report(metrics: Metrics) -> None:
+                write(metrics)
+                history.append(metrics)
+                if on_step is not None:
+                    on_step(metrics)
+
+            if self.evaluates_the_start and not self.step:
+                report({"step": 0} | self.evaluation_metrics(written))
+            while self.step < steps and not self.should_stop(stop_requested.is_set()):
+                metrics = self.train_step()
+                if self.step == steps or self.step % self.recipe.evaluate_every == 0:
+                    metrics |= self.evaluation_metrics(written)
+                report(metrics)
+                bar.set_postfix_str(self.progress_message(metrics), refresh=False)
+                bar.update()
+                if directory is not None and (self.step == steps or self.step % self.recipe.checkpoint_every == 0):
+                    self.save(directory / "checkpoints")
+            if directory is not None and self.step < steps:
+                self.save(directory / "checkpoints")
+        return history
+
+    def should_stop(self, requested: bool) -> bool:
+        """Whether to stop before the next step; `requested` tells whether Ctrl-C or SIGTERM was received."""
+        return requested
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of a checkpoint, by file name and tensor name."""
+        return {
+            "model": {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta},
+            "optimizer": optimizer_tensors(self.model, self.optimizers),
+            "random": random_states(self.model),
+        }
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"data": self.stream.state_dict()}
+        """JSON part of a checkpoint: step, config and recipe."""
+        config, recipe = self.model.config.to_dict(), dataclasses.asdict(self.recipe)
+        return {"step": self.step, "config": config, "recipe": recipe}
+
+    def save(self, directory: Path) -> None:
+        """Write the checkpoint of this step, then delete all but the two newest."""
+        destination = directory / f"step-{self.step:08d}"
+        if not destination.exists():
+            self.write_checkpoint(destination, self.tensors(), self.state())
+        for old in sorted(directory.glob("step-*"))[:-2] if self.writes_files else ():
+            remove_checkpoint(old)
+
+    write_checkpoint = staticmethod(save_checkpoint)
+
+    def load(self, folder: Path) -> None:
+        """Restore the state of a checkpoint. Raises `ValueError` if it is damaged or of another config or recipe."""
+        state = read_state(folder)
+        if state["config"] != self.model.config.to_dict():
+            raise ValueError(f"{folder} is of a model with another config: resume with the config of the run")
+        for name, value in dataclasses.asdict(self.recipe).items():
+            was = state["recipe"].get(name, value)
+            if was != value and not (name == "steps" and was < value):  # more steps are allowed
+                raise ValueError(f"{name}={value!r}: the run was started with {was!r}")
+        self.load_state(state)
+        self.load_tensors(folder)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
-        self.stream.load_state_dict(state["data"])
+        """Restore the JSON part of a checkpoint."""
+        self.step = state["step"]
+
+    def load_tensors(self, folder: Path) -> None:
+        """Restore weights, optimizer states and random states of a checkpoint."""
+        tensors, _ = load_checkpoint(folder)
+        self.model.load_state_dict(tensors["model"])
+        load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
+        set_random_states(tensors["random"])
+
+    def clip_gradients(self) -> float:
+        """Clip the global gradient norm to `clip_norm`; return the norm before clipping."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm).item()
+
+    def optimizer_step(self, learning_rate: float) -> None:
+        """Set the learning rate, call `step()` and `zero_grad()` on every optimizer."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            optimizer.zero_grad()
 
 
-def train(model: MiniDS, data: TextData, recipe: Recipe, **options: Any) -> list[Metrics]:
-    """Train `model` in place; options as in `Loop.run`: directory, progress, tensorboard, on_step."""
-    return Trainer(model, data, recipe).run(**options)
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint, `state.json` first, so that a partly deleted folder is not taken for a checkpoint."""
+    (checkpoint / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
-def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
-    """The rows of `batch`, `size` at a time."""
-    parts = (getattr(batch, f.name).split(size) for f in dataclasses.fields(Batch))
-    return (Batch(*part) for part in zip(*parts, strict=True))
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Yield an event that the first Ctrl-C or SIGTERM sets; the second one interrupts at once. Main thread only."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested
+        return
+
+    def request(number, frame):
+        requested.set()
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

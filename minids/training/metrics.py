@@ -1,4 +1,4 @@
-"""metrics.jsonl: what every step leaves behind, a JSON object a line; and the same as TensorBoard's scalars."""
+"""Training metrics: one JSON object per step in metrics.jsonl, and scalars for TensorBoard."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -6,26 +6,26 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from minids.files import write_text_whole
+from minids.files import atomic_write_text
 
 Metrics = dict[str, Any]
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Forget the steps after the checkpoint, which are about to be taken again."""
+    """Delete the metrics of steps after `step`, which a resumed run computes again."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        # A line without an end was being written when the run was killed.
+        # A line without a line break is incomplete: the run was killed while writing it.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text_whole(path, "".join(kept))
+        atomic_write_text(path, "".join(kept))
 
 
 @contextmanager
 def metrics_file(directory: Path | None, step: int, tensorboard: bool = False) -> Iterator[Callable[[Metrics], None]]:
-    """A function that appends a line to `directory`/metrics.jsonl at once; without a directory it does nothing.
+    """Yield a function that appends metrics to `directory`/metrics.jsonl; without a directory it does nothing.
 
-    With `tensorboard`, it adds the numbers to `directory`/tensorboard too. What a killed run wrote of steps after
-    `step` is dropped in both. Raises `ValueError` where TensorBoard's package is missing.
+    With `tensorboard`, it also writes to `directory`/tensorboard. In both, metrics of steps after `step` are deleted
+    first. Raises `ValueError` if TensorBoard's package is missing.
     """
     if directory is None:
         yield lambda metrics: None
@@ -47,7 +47,7 @@ def metrics_file(directory: Path | None, step: int, tensorboard: bool = False) -
 
 
 def summary_writer() -> type:
-    """TensorBoard's, of a package that is not required. Raises `ValueError` where it is missing."""
+    """Import TensorBoard's SummaryWriter. Raises `ValueError` if the optional package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -1,8 +1,6 @@
-"""Which optimizer moves which parameter, in what its memory is kept, and V3's schedule in fractions of a run."""
+"""Optimizers: AdamW, with moments in FP32 or BF16, and Muon for the two-dimensional matrices of the layers."""
 
 import functools
-import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,45 +8,12 @@ from torch import nn
 from minids.model.transformer import MiniDS
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """V3's course of training, with its token counts as fractions of the run (FACTS.md section 7.1).
-
-    Warm up linearly; hold the peak for 10 of 14.8 parts; fall along a cosine to `final_fraction` until part 14.3; hold.
-    The MTP weight drops where the fall begins, and the balancing speed goes to 0 where it ends.
-    """
-
-    steps: int
-    warmup_steps: int
-    final_fraction: float = 0.1
-    fall_begins: float = 10 / 14.8
-    fall_ends: float = 14.3 / 14.8
-
-    def learning_rate_factor(self, step: int) -> float:
-        """What the peak learning rate is multiplied by in step 0, 1, ..., steps - 1."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        fallen = (self._part(step) - self.fall_begins) / (self.fall_ends - self.fall_begins)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(max(fallen, 0.0), 1.0)))
-        return self.final_fraction + (1 - self.final_fraction) * cosine
-
-    def is_falling(self, step: int) -> bool:
-        """Whether the learning rate has begun to fall."""
-        return self._part(step) >= self.fall_begins
-
-    def has_fallen(self, step: int) -> bool:
-        """Whether the learning rate has reached its end."""
-        return self._part(step) >= self.fall_ends
-
-    def _part(self, step: int) -> float:
-        return step / self.steps
-
-
 class AdamWWithBF16Moments(torch.optim.Optimizer):
-    """AdamW whose two moments rest in bfloat16: 4 bytes per parameter instead of 8 (V3 section 3.3.3).
+    """AdamW with both moments stored in BF16: 4 bytes per parameter instead of 8 (V3 section 3.3.3).
 
-    They are computed in float32. With beta2 = 0.95 a step changes the second moment by up to a twentieth, far above
-    bfloat16's step of 1/256; with the usual 0.999 a growing moment would round back to where it was, and stall.
+    The update is computed in FP32. With beta2 = 0.95 a step changes the second moment by up to 1/20, far above
+    BF16's relative spacing of 1/256; with the usual 0.999 rounding would undo small increases, and the moment would
+    stall.
     """
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float):
@@ -56,13 +21,13 @@ class AdamWWithBF16Moments(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move every parameter that has a gradient (Loshchilov and Hutter, algorithm 2)."""
+        """Update every parameter that has a gradient (Loshchilov and Hutter, algorithm 2)."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._move(p, self.state[p], group)
+                    self._update(p, self.state[p], group)
 
-    def _move(self, p: nn.Parameter, state: dict, group: dict) -> None:
+    def _update(self, p: nn.Parameter, state: dict, group: dict) -> None:
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
@@ -81,12 +46,11 @@ class AdamWWithBF16Moments(torch.optim.Optimizer):
 def make_optimizers(
     model: MiniDS, kind: str, learning_rate: float, weight_decay: float, moments: str = "fp32"
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or with kind "muon" Muon for the plain matrices of the layers and AdamW for the rest.
+    """Create AdamW for all parameters, or with kind "muon" Muon for the layers' matrices and AdamW for the others.
 
-    `moments` says whether AdamW's rest in "fp32" or "bf16".
-
-    Norm weights are not decayed. `torch.optim.Muon` takes two-dimensional parameters only, so the stacked experts stay
-    with AdamW; so do embedding and head, as is usual. Beta 0.9 and 0.95 as in V3 (FACTS.md section 7.1).
+    `moments` is the dtype of AdamW's first and second moments, "fp32" or "bf16". Norm weights have no weight decay.
+    `torch.optim.Muon` supports two-dimensional parameters only, so AdamW updates the stacked experts, and as usual
+    embedding and head. Betas are 0.9 and 0.95 as in V3 (FACTS.md section 7.1).
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in trained if _is_layer_matrix(name, p)] if kind == "muon" else []
@@ -98,7 +62,7 @@ def make_optimizers(
     adamw = AdamWWithBF16Moments if moments == "bf16" else functools.partial(torch.optim.AdamW, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)]
     if matrices:
-        # Scaled so that an update has the size of AdamW's, and one learning rate serves both.
+        # Updates are scaled to the RMS of AdamW's, so that both use the same learning rate.
         muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     return optimizers

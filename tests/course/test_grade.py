@@ -140,7 +140,7 @@ def test_a_check_that_the_notebook_replaced_earns_nothing(graded):
 
 def test_what_is_no_notebook_or_not_there_is_named(graded):
     assert all(row.message.startswith(f"{FILE} is not a notebook") for row in of(graded, "garbage"))
-    assert {row.message for student in ("absent", "renamed") for row in of(graded, student)} == {"not handed in"}
+    assert {row.message for student in ("absent", "renamed") for row in of(graded, student)} == {"not submitted"}
     assert [row.message for row in of(graded, "empty")] == [f"the notebook does not define {e.name}" for e in ASKED]
 
 
@@ -186,26 +186,26 @@ def {FIRST.name}(*arguments):
 """
 
 
-@pytest.mark.skipif(not grading.walls_stand(), reason="bubblewrap cannot build walls here")
-def test_behind_walls_a_notebook_sees_its_folder_and_the_package_only(tmp_path):
+@pytest.mark.skipif(not grading.isolation_available(), reason="bubblewrap is unavailable here")
+def test_isolated_notebook_sees_its_folder_and_the_package_only(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         notebook(tmp_path / "spy" / FILE, SPYING.replace("PORT", str(server.getsockname()[1])))
         first = grade(tmp_path)[0]
     assert "[False, False, False, False, False]" in first.message and not (tmp_path / "spy" / "left.txt").exists()
 
 
-def test_without_walls_the_notebooks_are_graded_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(grading, "walls_stand", lambda: False)
+def test_notebooks_are_graded_without_isolation_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "isolation_available", lambda: False)
     notebook(tmp_path / "ann" / FILE, *solution())
     assert sum(row.points for row in grade(tmp_path)) == POINTS
     notebook(tmp_path / "spy" / FILE, SPYING.replace("PORT", "9"))
-    assert "[True, True, True" in grade(tmp_path)[-len(ASKED)].message  # what the walls are for
+    assert "[True, True, True" in grade(tmp_path)[-len(ASKED)].message  # what isolation prevents
 
 
 def test_two_notebooks_of_one_chapter_are_refused(tmp_path):
     notebook(tmp_path / "ann" / "first" / FILE, "1")
     notebook(tmp_path / "ann" / "second" / FILE.replace(".", "-Copy1."), "1")
-    assert {row.message for row in grade(tmp_path)} == {"handed in more than once"}
+    assert {row.message for row in grade(tmp_path)} == {"submitted more than once"}
 
 
 def test_a_hanging_answer_does_not_stop_the_others(tmp_path):

@@ -162,7 +162,7 @@ def test_resume_gives_the_same_batches(stop):
 
 def test_a_position_in_another_corpus_is_refused_and_changes_nothing():
     stream = BatchStream(CORPUS, batch_size=4, seq_len=16, seed=3)
-    with pytest.raises(ValueError, match="is of corpus 0000000000000000, this stream has corpus"):
+    with pytest.raises(ValueError, match="is of corpus 0000000000000000, these batches are of corpus"):
         stream.load_state_dict({"position": 5, "corpus": "0" * 16})
     assert stream.position == 0
 

@@ -187,7 +187,7 @@ def test_max_bytes_cuts_between_characters(tmp_path):
     for max_bytes in (3, 4):
         assert [document.text for document in read_documents(source, max_bytes=max_bytes)] == ["abc"]
     assert len(list(read_documents(source, max_bytes=1000))) == 3
-    with pytest.raises(ValueError, match="max_bytes 0 must be at least 1"):
+    with pytest.raises(ValueError, match="max_bytes=0: must be at least 1"):
         list(read_documents(source, max_bytes=0))
 
 
@@ -204,7 +204,7 @@ def test_max_bytes_cuts_between_characters(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"story": "b"}\n', 'line 2 has no "text" that is a string'),
         ("a.jsonl", b'{"text": "a"}\n"b"\n', 'line 2 has no "text" that is a string'),
         ("a.jsonl", b'{"text": null}\n', 'line 1 has no "text" that is a string'),
-        ("a.jsonl", b'{"text": "a", "domain": 3}\n', 'line 1 has a "domain" that is no string: 3'),
+        ("a.jsonl", b'{"text": "a", "domain": 3}\n', 'line 1 has a "domain" that is not a string: 3'),
         ("a.jsonl", rb'{"text": "\ud800"}' + b"\n", "line 1 has no UTF-8 form"),
         ("a.jsonl", b'{"text": ""}\n', "holds no text"),
         ("a.parquet", b"PAR1 not really", "is damaged after row 0"),
@@ -306,8 +306,8 @@ def test_a_lone_document_without_a_good_line_break_is_split_anyway(text):
 def test_nothing_to_split():
     with pytest.raises(ValueError, match="corpus holds no text"):
         split_documents([])
-    with pytest.raises(ValueError, match="corpus is too short to hold anything out: 1 characters"):
+    with pytest.raises(ValueError, match="corpus is too short to be split: 1 characters"):
         split_documents([Document("x", "text", "book")])
     for held_out in (0.0, 1.0, -0.1):
-        with pytest.raises(ValueError, match=f"held_out {held_out} must be between 0 and 1"):
+        with pytest.raises(ValueError, match=f"held_out={held_out}: must be between 0 and 1"):
             split_documents(_documents("ab"), held_out=held_out)

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from minids import bench
-from minids.__main__ import main
+from minids.cli import bench
+from minids.cli.main import main
 from minids.config import ModelConfig
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from training.helpers import counting_text
 
-from minids.__main__ import main
-from minids.run import load_run
+from minids.cli.main import main
+from minids.training.run import load_run
 
 SMALL = "--preset nano --data text.jsonl --batch-size 2 --seq-len 32 --warmup-steps 2 --evaluate-every 5".split()
 SMALL += "--evaluation-batches 1 --checkpoint-every 5 --device cpu".split()
@@ -87,7 +87,7 @@ def test_the_interactive_prompt(folder, minids, monkeypatch):
 MISTAKES = {
     "unknown preset": ("train --preset huge", "unknown preset 'huge'"),
     "unknown option": ("train --stepz 3", "Unrecognized options: --stepz"),
-    "no command": ("", "Expected one of"),
+    "no command": ("", "no command: expected one of train, sample"),
     "not a number": ("train --steps many", "--steps"),
     "impossible recipe": ("train --learning-rate nan", "learning_rate=nan: must be a finite number above 0"),
     "unknown optimizer": ("train --optimizer sgd", "sgd"),
@@ -98,7 +98,7 @@ MISTAKES = {
     "unknown tokenizer": ("train --preset nano --data text.jsonl --tokenizer words", "words"),
     "odd tokenizer size": ("train --preset nano --data text.jsonl --tokenizer bpe:big", "bpe:"),
     "sequence beyond the context": ("train --preset nano --data text.jsonl --seq-len 5000", "5000"),
-    "nothing to resume": ("train --resume runs/none", "runs/none is no run"),
+    "nothing to resume": ("train --resume runs/none", "runs/none is not a run"),
     "no run": ("sample --prompt a", "there is no run"),
     "unknown run": ("sample runs/none --prompt a", "runs/none holds no checkpoint"),
     "nothing to export": ("export runs/none out", "runs/none holds no checkpoint"),
@@ -167,7 +167,7 @@ def test_a_full_disk_gets_one_line_and_keeps_what_was_there(folder):
     limited = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
-        "from minids.__main__ import main; sys.exit(main())"
+        "from minids.cli.main import main; sys.exit(main())"
     )
     command = [sys.executable, "-c", limited, "train", *SMALL, "--steps", "10"]
     finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)

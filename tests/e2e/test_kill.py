@@ -28,16 +28,16 @@ def deadly(*args, **kwargs):
     return result
 setattr(module, name, deadly)
 sys.argv = ["minids", *sys.argv[5:]]
-from minids.__main__ import main
+from minids.cli.main import main
 sys.exit(main())
 """
 KILLS = {
-    "in the third step": ("minids.training.loop", "losses", 3, "before"),
+    "in the third step": ("minids.training.pretrain", "losses", 3, "before"),
     "while writing the second checkpoint's tensors": ("minids.files", "save_file", 5, "before"),
     "before the second checkpoint is on disk": ("minids.files", "_flush", 8, "before"),
     "before the second checkpoint is renamed": ("minids.files", "_flush", 10, "after"),
     "after the second checkpoint is renamed": ("minids.files", "_flush", 12, "before"),
-    "while deleting an old checkpoint": ("minids.training.resumable", "remove_checkpoint", 1, "before"),
+    "while deleting an old checkpoint": ("minids.training.loop", "remove_checkpoint", 1, "before"),
 }
 
 

@@ -69,8 +69,8 @@ def test_a_seed_fixes_the_draw():
 def test_stream_yields_what_generate_collects():
     model = decided()
     steps = list(stream(model, PROMPTS, max_new_tokens=5, sampling=GREEDY))
-    assert [alive for alive, _ in steps] == [[0, 1, 2, 3]] * 5
-    collected = [[drawn[i] for _, drawn in steps] for i in range(4)]
+    assert [alive for alive, _, _ in steps] == [[0, 1, 2, 3]] * 5
+    collected = [[drawn[i] for _, drawn, _ in steps] for i in range(4)]
     assert collected == generate(model, PROMPTS, max_new_tokens=5, sampling=GREEDY)
 
 
@@ -86,17 +86,32 @@ def test_probabilities():
     assert Sampling(top_p=0.01).probabilities(logits).tolist() == [[1, 0, 0, 0]]
 
 
+def test_top_p_reached_exactly_keeps_no_further_token():
+    """Four equal tokens of a quarter each, exactly: two of them are a half."""
+    kept = Sampling(top_p=0.5).probabilities(torch.zeros(1, 4))
+    assert sorted(kept[0].tolist()) == pytest.approx([0, 0, 0.5, 0.5])
+
+
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(20000, 4)
-    drawn = Sampling(0.8).draw(logits, torch.Generator().manual_seed(0))
+    drawn, logps = Sampling(0.8).draw(logits, torch.Generator().manual_seed(0))
     shares = torch.bincount(drawn, minlength=4) / 20000
     torch.testing.assert_close(shares, (logits[0] / 0.8).softmax(-1), atol=0.015, rtol=0)
+    torch.testing.assert_close(logps, (logits[0] / 0.8).log_softmax(-1)[drawn])
+
+
+def test_log_probabilities_of_draws_are_those_of_the_cut_distribution():
+    """With top_p the tokens that are left share the whole probability; a greedy token is certain."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    token, logp = Sampling(top_p=0.7).draw(logits, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logp, torch.tensor([2.0, 1.0]).log_softmax(-1)[token])
+    assert GREEDY.draw(logits)[1].tolist() == [0.0]
 
 
 @pytest.mark.parametrize(
     ("prompts", "new", "message"),
     [
-        ([[1] * 60], 5, "prompt 0 has 60 tokens and 5 are to follow: the context holds 64"),
+        ([[1] * 60], 5, "prompt 0 has 60 tokens, max_new_tokens=5: the context holds 64"),
         ([[1], []], 5, "prompt 1 is empty"),
         ([], 5, "at least one"),
         ([[1, 272]], 5, "token 272: the vocabulary has 272"),

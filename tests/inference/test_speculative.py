@@ -10,8 +10,8 @@ from training.helpers import RECIPE, counting_data, nano
 from minids.inference import speculative
 from minids.inference.generate import Sampling, generate
 from minids.inference.speculative import Acceptance, generate_speculatively, verify
-from minids.model.transformer import MTPModule
-from minids.training.loop import train
+from minids.model.mtp import MTPModule
+from minids.training.pretrain import train
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,7 @@ def test_greedy_is_lossless_on_random_models(depths):
     """Every draft wrong, nearly: prompts of every length, stops, and rejected drafts in every cache."""
     model = decided(num_nextn_predict_layers=depths)
     plain = generate(model, PROMPTS, max_new_tokens=25, sampling=GREEDY, stop=[PROMPTS[0][0]])
-    fast, acceptance = generate_speculatively(
-        model, PROMPTS, max_new_tokens=25, sampling=GREEDY, stop=[PROMPTS[0][0]]
-    )
+    fast, acceptance = generate_speculatively(model, PROMPTS, max_new_tokens=25, sampling=GREEDY, stop=[PROMPTS[0][0]])
     assert fast == plain
     assert acceptance.rounds > 0
 

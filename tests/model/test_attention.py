@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from plain_model import NANO, build, random_stream, random_tokens, through_cache, without_cache
 
 from minids.config import ModelConfig, YaRN
-from minids.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
-from minids.model.transformer import Block, KVCache
+from minids.model.attention import GroupedQueryAttention
+from minids.model.block import Block
+from minids.model.kv_cache import KVCache
+from minids.model.mla import MultiHeadLatentAttention
 
 SHAPES = {
     "as V3": NANO,
@@ -70,10 +72,10 @@ def test_gradients_equal_those_of_the_loops(name):
 def test_expanded_equals_absorbed(name):
     model, x = model_of(name), random_stream(2, 6, 64)
     attention, cache = model.layers[0].attention, model.new_cache(2, 6)
-    step = model.step(random_tokens(2, 6), cache)
-    query, entries = attention.query_and_entry(x, step)
-    expanded = attention.expanded(query, entries, step.mask)
-    torch.testing.assert_close(attention.absorbed(query, entries, step.mask), expanded, atol=1e-10, rtol=0)
+    context = model.attention_context(random_tokens(2, 6), cache)
+    query, entries = attention.query_and_entry(x, context)
+    expanded = attention.expanded(query, entries, context.mask)
+    torch.testing.assert_close(attention.absorbed(query, entries, context.mask), expanded, atol=1e-10, rtol=0)
     torch.testing.assert_close(attention.expanded(query, entries, None), expanded, atol=1e-10, rtol=0)
     torch.testing.assert_close(attention.o_proj(expanded), reference(model, x)[0], atol=1e-10, rtol=0)
 
@@ -207,7 +209,8 @@ def caches_of(config):
     """All layers' caches for one token in bfloat16, without the weights of 61 layers."""
     with torch.device("meta"):
         block = Block(config, dense=True).bfloat16()
-    return KVCache([block] * config.num_hidden_layers, batch=1, slots=1)
+    widths = [block.attention.cache_width] * config.num_hidden_layers
+    return KVCache(widths, batch=1, slots=1, like=block.attention.o_proj.weight)
 
 
 def test_v3_caches_576_numbers_per_layer_and_70272_bytes_per_token():

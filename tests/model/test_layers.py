@@ -9,15 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minids.config import ModelConfig, YaRN
-from minids.model.layers import (
-    RMSNorm,
-    SwiGLU,
-    rotary_frequencies,
-    rotate,
-    rotations,
-    softmax_scale,
-    yarn_ramp_bounds,
-)
+from minids.model.layers import RMSNorm, SwiGLU
+from minids.model.rope import rotary_frequencies, rotate, rotations, softmax_scale, yarn_ramp_bounds
 
 CPU = torch.device("cpu")
 V3 = ModelConfig.preset("v3")

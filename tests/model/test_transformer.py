@@ -36,7 +36,7 @@ def test_model_equals_the_plain_one(name):
             torch.testing.assert_close(got[row], want, atol=1e-9, rtol=0)
         plain_loads.append(loads)
     if plain_loads[0]:
-        assert torch.equal(out.loads, torch.tensor(plain_loads).sum(0))
+        assert torch.equal(out.tokens_per_expert, torch.tensor(plain_loads).sum(0))
     torch.testing.assert_close(model(tokens).logits, out.logits, atol=1e-12, rtol=0)
 
 
@@ -101,10 +101,10 @@ def test_module_norms_both_of_its_inputs():
     """The stream and the embedding reach the projection at the same size, whatever size they have."""
     model, tokens = build(NANO), random_tokens(1, 5)
     module, hidden, embedding = model.mtp[0], torch.randn(1, 5, 64).double(), torch.randn(1, 5, 64).double()
-    step = model.step(tokens)
-    want = module(hidden, embedding, step)[0]
-    torch.testing.assert_close(module(1e3 * hidden, embedding, step)[0], want, atol=1e-4, rtol=0)
-    torch.testing.assert_close(module(hidden, 1e3 * embedding, step)[0], want, atol=1e-4, rtol=0)
+    context = model.attention_context(tokens)
+    want = module(hidden, embedding, context)[0]
+    torch.testing.assert_close(module(1e3 * hidden, embedding, context)[0], want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(module(hidden, 1e3 * embedding, context)[0], want, atol=1e-4, rtol=0)
 
 
 # What a forward pass returns and leaves alone ----------------------------------------------------------------------
@@ -113,9 +113,9 @@ def test_module_norms_both_of_its_inputs():
 def test_loads_have_a_row_per_moe_layer_the_mtp_modules_last():
     model, tokens = build(NANO.replace(num_nextn_predict_layers=2)), random_tokens(3, 5)
     out = model(tokens, mtp=True)
-    assert out.loads.shape == (2 + 2, 8) and not out.loads.is_floating_point()
-    assert out.loads.sum(1).tolist() == [3 * 5 * 2, 3 * 5 * 2, 3 * 4 * 2, 3 * 3 * 2]
-    assert torch.equal(model(tokens).loads, out.loads[:2])
+    assert out.tokens_per_expert.shape == (2 + 2, 8) and not out.tokens_per_expert.is_floating_point()
+    assert out.tokens_per_expert.sum(1).tolist() == [3 * 5 * 2, 3 * 5 * 2, 3 * 4 * 2, 3 * 3 * 2]
+    assert torch.equal(model(tokens).tokens_per_expert, out.tokens_per_expert[:2])
     inner = [layer.ffn.router for layer in model.layers if isinstance(layer.ffn, MoE)]
     assert model.routers() == [*inner, *(module.block.ffn.router for module in model.mtp)]
 
@@ -178,7 +178,7 @@ def test_bfloat16_model_keeps_the_balancing_bias_in_float32():
     out = model(random_tokens(1, 5), mtp=True)
     assert out.logits.dtype == torch.bfloat16 and out.routings[0].scores.dtype == torch.float32
     before = model.routers()[0].bias.clone()
-    model.update_balance_bias(out.loads, 0.001)
+    model.update_balance_bias(out.tokens_per_expert, 0.001)
     assert ((model.routers()[0].bias - before).abs().max() - 0.001).abs() < 1e-7
 
 
@@ -254,8 +254,8 @@ def test_scaled_initialisation_follows_fan_in_and_depth():
     want = {
         "embedding.weight": 1,
         "head.weight": 1 / 64,
-        "layers.0.attention.q_proj.0.weight": 64**-0.5,
-        "layers.0.attention.q_proj.2.weight": 32**-0.5,
+        "layers.0.attention.q_down_proj.weight": 64**-0.5,
+        "layers.0.attention.q_up_proj.weight": 32**-0.5,
         "layers.0.attention.kv_up_proj.weight": 32**-0.5,
         "layers.0.attention.o_proj.weight": 64**-0.5 * to_stream,
         "layers.0.ffn.gate_proj.weight": 64**-0.5,

@@ -2,11 +2,8 @@
 
 import multiprocessing
 import os
-import re
 import signal
 import time
-from collections import defaultdict
-from dataclasses import fields
 
 import pytest
 import torch
@@ -17,9 +14,14 @@ from minids.data.batches import Batch
 from minids.model.moe import balance_loss
 from minids.model.transformer import MiniDS
 from minids.parallel import pipeline
-from minids.parallel.pipeline import Pipeline, launch, program
-from minids.parallel.schedule import SCHEDULES, ScheduleError, dualpipe, dualpipev, gpipe, one_f_one_b, zb1p
-from minids.training.loss import Share, losses
+from minids.parallel.dualpipe import dualpipe, dualpipev
+from minids.parallel.launch import launch
+from minids.parallel.one_f_one_b import gpipe, one_f_one_b
+from minids.parallel.pipeline import Pipeline
+from minids.parallel.schedule import ScheduleError
+from minids.parallel.schedules import SCHEDULES
+from minids.parallel.zero_bubble import zb1p
+from minids.training.loss import LossDenominators, losses
 
 SHAPE = (2, 9)
 
@@ -62,7 +64,11 @@ def in_one_process(whole, tokens, targets):
     out = whole(torch.cat(tokens), mtp=True)
     total = loss(out, torch.cat(targets)) + sum(balance_loss(routing, whole.config) for routing in out.routings)
     total.backward()
-    return {name: p.grad for name, p in whole.named_parameters() if p.requires_grad}, total.item(), out.loads
+    return (
+        {name: p.grad for name, p in whole.named_parameters() if p.requires_grad},
+        total.item(),
+        out.tokens_per_expert,
+    )
 
 
 def in_a_pipeline(schedule, whole, tokens, targets, steps=1):
@@ -81,27 +87,32 @@ def in_a_pipeline(schedule, whole, tokens, targets, steps=1):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("ranks, dtype, tolerance", [(2, torch.float32, 1e-6), (4, torch.float64, 1e-13)])
-def test_equals_one_process(name, ranks, dtype, tolerance):
-    compare(SCHEDULES[name](ranks, 2 * ranks), model(2 * ranks).to(dtype), tolerance)
+@pytest.mark.parametrize("ranks, dtype", [(2, torch.float32), (4, torch.float64)])
+def test_equals_one_process(name, ranks, dtype):
+    compare(SCHEDULES[name](ranks, 2 * ranks), model(2 * ranks).to(dtype))
 
 
 def test_a_second_step_equals_one_process_too():
-    compare(dualpipe(2, 6), model(4), 1e-13, steps=2)
+    compare(dualpipe(2, 6), model(4), steps=2)
 
 
-def compare(schedule, whole, tolerance, steps=1):
+# Stages and micro-batches add up the same products in another order: see sharded_experts.py.
+ROUNDING = {torch.float32: 64 * 2**-24, torch.float64: 64 * 2**-53}
+
+
+def compare(schedule, whole, steps=1):
     tokens, targets = data(schedule.micro_batches)
     results = in_a_pipeline(schedule, whole, tokens, targets, steps)
     expected, loss, loads = in_one_process(whole, tokens, targets)
     held = {}
     for rank, (gradients, its_loss, its_loads, spans) in enumerate(results):
         for name, gradient in gradients.items():
+            tolerance = ROUNDING[gradient.dtype] * expected[name].abs().max().item()
             torch.testing.assert_close(
                 gradient, expected[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
             )
             assert torch.equal(held.setdefault(name, gradient), gradient), f"the copies of {name} differ"
-        assert its_loss == pytest.approx(loss, abs=10 * tolerance)
+        assert its_loss == pytest.approx(loss, rel=ROUNDING[whole.head.weight.dtype])
         assert its_loads.tolist() == loads.tolist()
         assert [span.action for span in spans] == schedule.actions[rank]
     assert held.keys() == expected.keys()
@@ -120,15 +131,15 @@ def compare(schedule, whole, tolerance, steps=1):
     ids=lambda value: getattr(value, "name", None),
 )
 def test_other_models_and_sizes_equal_one_process(schedule, changes):
-    compare(schedule, model(**changes), 1e-13)
+    compare(schedule, model(**changes))
 
 
 def test_the_losses_of_training_serve_a_pipeline_as_they_are():
     schedule, whole = one_f_one_b(2, 3), model(4)
     tokens = torch.randint(64, (6, 10))
     batch = Batch(tokens, torch.ones_like(tokens).cumsum(1) // 7, torch.zeros_like(tokens))
-    micro = [Batch(*(getattr(batch, f.name)[i : i + 2] for f in fields(Batch))) for i in (0, 2, 4)]
-    share = Share.of(batch)
+    micro = list(batch.micro_batches(2))
+    share = LossDenominators.of(batch)
 
     def work(rank):
         part = Pipeline(whole, schedule, lambda out, target: losses(whole, out, target, share).total(0.3), SHAPE)
@@ -139,9 +150,9 @@ def test_the_losses_of_training_serve_a_pipeline_as_they_are():
     total = losses(whole, whole(tokens[:, :-1], mtp=True), batch, share).total(0.3)
     total.backward()
     for loss, gradients in results:
-        assert loss == pytest.approx(total.item(), abs=1e-6)  # cross-entropy in float32
+        assert loss == pytest.approx(total.item(), abs=1e-12)
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, whole.get_parameter(name).grad, atol=1e-7, rtol=0)
+            torch.testing.assert_close(gradient, whole.get_parameter(name).grad, atol=1e-12, rtol=0)
 
 
 def test_routers_keep_an_even_load_like_those_of_the_whole_model():
@@ -157,7 +168,7 @@ def test_routers_keep_an_even_load_like_those_of_the_whole_model():
 
     expected = {name: p for name, p in whole.named_parameters() if name.endswith("router.bias")}
     results = launch(work, 2)
-    whole.update_balance_bias(whole(torch.cat(tokens), mtp=True).loads, 0.25)
+    whole.update_balance_bias(whole(torch.cat(tokens), mtp=True).tokens_per_expert, 0.25)
     assert len(expected) == 8 and all(bias.abs().max() == 0.25 for bias in expected.values())
     for biases in results:  # in DualPipe on two ranks, each holds all
         assert biases.keys() == expected.keys()
@@ -229,35 +240,6 @@ def test_each_rank_holds_its_layers_only(seat):
     twice = [sorted({int(name.split(".")[1]) for name in held if name.startswith("layers.")})
              for held in held_by(seat, dualpipe(4, 8), model(layers=4))]  # fmt: skip
     assert twice == [[0, 3], [1, 2], [1, 2], [0, 3]]
-
-
-# The program ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("ranks, micro_batches", [(2, 4), (4, 8), (6, 14)])
-def test_two_ranks_list_their_messages_in_the_same_order(name, ranks, micro_batches):
-    programs = program(SCHEDULES[name](ranks, micro_batches))
-    home = {}  # the rank that computes a stage of torch's numbering
-    for rank, cells in enumerate(programs):
-        home |= {int(number): rank for cell in cells for number in re.findall(r"(\d+)F\d", cell)}
-    talk = defaultdict(list)
-    for rank, cells in enumerate(programs):
-        for cell in cells:
-            if message := re.fullmatch(r"(\d+)(SEND|RECV)_([FB])(\d+)", cell):
-                number, way, kind, micro_batch = message.groups()
-                forward = (kind == "F") == (way == "SEND")
-                other = int(number) + (1 if forward else -1)
-                edge = (int(number), other) if way == "SEND" else (other, int(number))
-                talk[rank, home[other]].append((edge, kind, micro_batch))
-    assert all(talk[a, b] == talk[b, a] for a, b in list(talk))
-    assert all(a != b and len(set(said)) == len(said) for (a, b), said in talk.items())
-
-
-def test_a_program_can_be_read():
-    assert program(gpipe(2, 1)) == [["0F0", "0SEND_F0", "0RECV_B0", "0B0"], ["1RECV_F0", "1F0", "1B0", "1SEND_B0"]]
-    assert program(zb1p(1, 1)) == [["0F0", "0I0", "0W0"]]
-    assert "(4F1;0B0)OVERLAP_F_B" in program(dualpipe(2, 4))[0]
 
 
 # What does not fit, and what dies ------------------------------------------------------------------------------------

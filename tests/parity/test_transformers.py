@@ -192,12 +192,12 @@ def test_attention(tmp_path, q_lora_rank, rope):
     ours = randomize(MiniDS(make_config(q_lora_rank, rope=rope)))
     theirs = export(ours, tmp_path)
     x = torch.randn(2, LENGTH, 64)
-    step = ours.step(torch.zeros(2, LENGTH, dtype=torch.int64))
+    context = ours.attention_context(torch.zeros(2, LENGTH, dtype=torch.int64))
     mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)[None, None]
     for mine, other in zip(ours.layers, theirs.model.layers, strict=True):
-        reference, _ = other.self_attn(x, theirs.model.rotary_emb(x, step.positions), mask)
+        reference, _ = other.self_attn(x, theirs.model.rotary_emb(x, context.positions), mask)
         assert reference.std() > 0.2
-        torch.testing.assert_close(mine.attention(x, step), reference, atol=4e-6, rtol=0)
+        torch.testing.assert_close(mine.attention(x, context), reference, atol=4e-6, rtol=0)
 
 
 @pytest.mark.parametrize("bias", BIASES)

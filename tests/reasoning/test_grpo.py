@@ -128,7 +128,7 @@ def test_advantages_by_hand():
     assert scaled.sum(1).abs().max() < 1e-12
     # 0.1 has no exact form: the mean of 16 of them is not 0.1, and a division by eps would blow the difference up
     assert (group_advantages(torch.full((1, 16), 0.1)) == 0).all()
-    with pytest.raises(ValueError, match="group_size=1: a group needs at least 2"):
+    with pytest.raises(ValueError, match="group_size=1: must be at least 2"):
         group_advantages(torch.ones(3, 1))
 
 

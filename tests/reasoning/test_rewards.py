@@ -10,8 +10,9 @@ from minids.reasoning.rewards import (
     read_response,
     unit_tests,
 )
-from minids.reasoning.sandbox import Verdict
-from minids.reasoning.tasks import SYMBOLS, Problem
+from minids.reasoning.tasks import Problem
+from minids.reasoning.tasks.task import SYMBOLS
+from minids.sandbox.judge import Verdict
 
 PROBLEM = Problem("a7 b+8?", "15")
 

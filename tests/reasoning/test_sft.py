@@ -7,7 +7,7 @@ import torch
 
 from minids.data.tokenizer import ByteTokenizer
 from minids.model.transformer import MiniDS
-from minids.reasoning import zero
+from minids.reasoning import r1_zero
 from minids.reasoning.rewards import R1_ZERO_WEIGHTS, RuleReward, read_response
 from minids.reasoning.sft import (
     Example,
@@ -19,17 +19,17 @@ from minids.reasoning.sft import (
     sft_recipe,
 )
 from minids.reasoning.tasks import Problem, TraceTask
-from minids.training.loss import IGNORED, Share, targets
+from minids.training.loss import IGNORED, LossDenominators, targets
 
 TASK = TraceTask()
 TOKENIZER = TASK.tokenizer
-TEXT = zero.web_text(TASK, rows=20)
+TEXT = r1_zero.pretraining_text(TASK, rows=20)
 EXAMPLES = careful_solutions(TASK, random.Random(0), 7, (1, 2, 5), widths=(1,))
 
 
 def small_model(seed=0):
     torch.manual_seed(seed)
-    config = zero.base_config(TOKENIZER.vocab_size)
+    config = r1_zero.base_config(TOKENIZER.vocab_size)
     return MiniDS(config.replace(hidden_size=32, moe_intermediate_size=32, num_hidden_layers=2))
 
 
@@ -128,18 +128,20 @@ def test_every_epoch_takes_every_example_once_in_an_order_of_its_own():
 def test_a_position_is_of_these_examples_and_this_mask():
     state = stream().state_dict()
     other = [*EXAMPLES[:-1], dataclasses.replace(EXAMPLES[-1], answer="<think></think><answer>3</answer>")]
-    with pytest.raises(ValueError, match="saved data position is of corpus"):
+    with pytest.raises(ValueError, match="saved data position has loss mask"):
         stream(other).load_state_dict(state)
     moved = [Example("a7 b+8?1", "5"), Example("a7 b+8?", "15")]  # the same tokens, another mask
     first, second = (stream([e]).state_dict() for e in moved)
-    assert first["corpus"] != second["corpus"]
+    assert first["corpus"] == second["corpus"]
+    with pytest.raises(ValueError, match="saved data position has loss mask"):
+        stream([moved[0]]).load_state_dict(second)
     follower = stream()
     follower.load_state_dict(state | {"position": 5})
     assert torch.equal(next(follower).tokens, stream().batch(5).tokens)
 
 
 def test_bad_examples_are_refused():
-    with pytest.raises(ValueError, match="none"):
+    with pytest.raises(ValueError, match="examples: must contain at least one"):
         stream([])
     with pytest.raises(ValueError, match=r"seq_len=20: example 2 has \d+ tokens, a row holds 21"):
         stream([Example("a1?", "1"), Example("a2?", "2"), EXAMPLES[2]], seq_len=20)
@@ -216,4 +218,4 @@ def test_any_tokenizer_will_do():
     rows = ExampleStream([Example("2+2?", "<answer>4</answer>")], tokenizer, batch_size=1, seq_len=16, seed=0).batch(0)
     labels = targets(rows)[0]
     assert tokenizer.decode(labels[labels != IGNORED], skip_special=False) == "<answer>4</answer><eos>"
-    assert Share.of(rows).targets == 4
+    assert LossDenominators.of(rows).targets == 4

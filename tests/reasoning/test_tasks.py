@@ -4,9 +4,12 @@ import re
 import pytest
 
 from minids.data.tokenizer import SymbolTokenizer, load_tokenizer
-from minids.reasoning.tasks import LARGEST, SYMBOLS, TASKS, Chain, ProgramTask, TraceTask, Web, write_steps
+from minids.reasoning.tasks import TASKS, CorpusStyle, ProgramTask, TraceTask
+from minids.reasoning.tasks.chain import LARGEST, Chain
+from minids.reasoning.tasks.steps import write_steps
+from minids.reasoning.tasks.task import SYMBOLS
 
-PERFECT = Web(slip=0, wrong_step=0, broken_format=0, cheating=0)
+PERFECT = CorpusStyle(slip=0, wrong_step=0, broken_format=0, cheating=0)
 
 
 def passes(program, tests):
@@ -34,9 +37,9 @@ def test_the_tokenizer_is_lossless_and_knows_no_other_text(task):
         assert tokenizer.decode(ids, skip_special=False) == text
         assert max(ids) < tokenizer.vocab_size
     assert tokenizer.token_bytes().tolist()[tokenizer.encode(" then")[0]] == 5
-    with pytest.raises(ValueError, match="' ' is no symbol"):
+    with pytest.raises(ValueError, match="' ' is not a symbol"):
         tokenizer.encode("a7 z?")
-    with pytest.raises(ValueError, match="'<' is no symbol"):  # without allow_special a tag is text
+    with pytest.raises(ValueError, match="'<' is not a symbol"):  # without allow_special a tag is text
         tokenizer.encode("<think>")
 
 

@@ -5,7 +5,7 @@ from minids.data.batches import tokenize
 from minids.data.corpus import Document
 from minids.data.tokenizer import ByteTokenizer
 from minids.model.transformer import MiniDS
-from minids.training.loop import Recipe, TextData
+from minids.training.pretrain import Recipe, TextData
 
 WORDS = "one two three four five six seven eight nine ten".split()
 

@@ -8,7 +8,7 @@ from training.helpers import RECIPE, counting_data, nano
 from minids import files
 from minids.training import checkpoint
 from minids.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from minids.training.loop import Trainer
+from minids.training.pretrain import Trainer
 
 TENSORS = {"model": {"weight": torch.arange(6.0).view(2, 3)}, "random": {"cpu": torch.get_rng_state()}}
 
@@ -76,7 +76,7 @@ def damage(folder, how):
         ("one bit", "model.safetensors is damaged"),
         ("missing", "model.safetensors is missing"),
         ("state truncated", "state.json is damaged"),
-        ("state missing", "is no checkpoint"),
+        ("state missing", "is not a checkpoint"),
         ("state not an object", "state.json is damaged"),
         ("state edited", "state.json is damaged"),
     ],

@@ -5,7 +5,7 @@ import torch
 from training.helpers import nano
 
 from minids.data.batches import Batch
-from minids.training.loss import IGNORED, Share, bits_per_byte, losses, targets
+from minids.training.loss import IGNORED, LossDenominators, bits_per_byte, losses, targets
 
 
 def batch_of(tokens, documents):
@@ -27,8 +27,8 @@ def test_losses_equal_a_sum_over_positions():
     """Each term written out; the MTP sum is divided by the number of next-token targets (V3 eq. 24)."""
     model = nano(num_nextn_predict_layers=2)
     out = model(BATCH.tokens[:, :-1], mtp=True)
-    share = Share.of(BATCH)
-    assert share == Share(targets=11, sequences=2)
+    share = LossDenominators.of(BATCH)
+    assert share == LossDenominators(targets=11, sequences=2)
     main, depths = 0.0, [0.0, 0.0]
     for b in range(2):
         for i in range(6):
@@ -51,7 +51,7 @@ def test_losses_equal_a_sum_over_positions():
 def test_the_balance_loss_of_a_fresh_model_is_near_alpha_per_layer():
     model = nano(aux_loss_alpha=1e-4)
     out = model(BATCH.tokens[:, :-1])
-    balance = losses(model, out, BATCH, Share.of(BATCH)).balance.item()
+    balance = losses(model, out, BATCH, LossDenominators.of(BATCH)).balance.item()
     assert 0.9e-4 < balance / len(out.routings) < 2e-4
 
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 from training.helpers import RECIPE, counting_data, nano
 
-from minids.__main__ import train_command
-from minids.training.loop import train
+from minids.cli import train as train_command
+from minids.training.pretrain import train
 
 
 def test_tensorboard_shows_what_the_metrics_file_holds(tmp_path):
@@ -39,5 +39,5 @@ def test_without_the_package_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ValueError, match="^tensorboard=True: needs `pip install tensorboard`"):
-        train_command(preset="nano", data=("no such text",), tensorboard=True)
+        train_command.run("train", ["--preset", "nano", "--data", "no such text", "--tensorboard"])
     assert not list(tmp_path.iterdir())

@@ -2,11 +2,12 @@ import pytest
 import torch
 from training.helpers import nano
 
-from minids.training.optimizer import Schedule, make_optimizers
+from minids.training.lr_schedule import LRSchedule
+from minids.training.optimizer import make_optimizers
 
 
 def test_schedule_is_v3_in_fractions():
-    schedule = Schedule(steps=1480, warmup_steps=10)
+    schedule = LRSchedule(steps=1480, warmup_steps=10)
     factor = schedule.learning_rate_factor
     assert factor(0) == pytest.approx(0.1) and factor(9) == 1 and factor(999) == 1
     assert factor(1000 + 215) == pytest.approx(0.55, abs=1e-3)  # half-way along the cosine

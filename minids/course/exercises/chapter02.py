@@ -15,8 +15,8 @@ from torch import Generator, Tensor
 
 from minids.config import YaRN
 from minids.course.checks import Bug, Function, SpotTheBug
-from minids.model.attention import LATENT_NORM_EPS
-from minids.model.layers import rotary_frequencies, rotate, softmax_scale, yarn_ramp_bounds
+from minids.model.mla import LATENT_NORM_EPS
+from minids.model.rope import rotary_frequencies, rotate, softmax_scale, yarn_ramp_bounds
 
 Entries = Float[Tensor, "tokens entry"]
 Heads = Float[Tensor, "heads value"]

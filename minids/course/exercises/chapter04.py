@@ -182,10 +182,10 @@ def predictor(told: Callable = lambda tokens: tokens[:, 1:], masked: bool = True
     def predict(tokens: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens_less_1 vocab"]:
         model, module = small_model(), small_model().mtp[0]
         hidden, following = model.trunk(tokens[None])[0][:, :-1], told(tokens[None])
-        step = model.step(following)
+        context = model.attention_context(following)
         if not masked:
-            step = replace(step, mask=hidden.new_zeros(1, 1, hidden.shape[1], hidden.shape[1]))
-        hidden, _ = module(hidden, weight * model.embedding(following), step)
+            context = replace(context, mask=hidden.new_zeros(1, 1, hidden.shape[1], hidden.shape[1]))
+        hidden, _ = module(hidden, weight * model.embedding(following), context)
         return model.head(module.norm(hidden))[0]
 
     return predict

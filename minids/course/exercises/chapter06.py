@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minids.course.checks import Bug, Function, SpotTheBug
-from minids.model.fp8 import dequantize, quantize
+from minids.fp8.formats import dequantize, quantize
 
 
 def decode(code: int) -> float:

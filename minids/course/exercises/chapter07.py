@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from minids.course.checks import Bug, Function, SpotTheBug
-from minids.parallel.schedule import dualpipe
-from minids.parallel.timeline import Schedule, Timeline, peak_activations
+from minids.parallel.dualpipe import dualpipe
+from minids.parallel.schedule import Schedule, Timeline, peak_activations
 
 
 def run_ahead(ahead: int, micro_batches: int) -> list[str]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from minids.course.checks import Bug, Function, SpotTheBug
-from minids.parallel.placement import Traffic, pack
+from minids.course.traffic import Traffic
+from minids.parallel.eplb import pack
 
 # 8.1 -----------------------------------------------------------------------------------------------------------------
 
@@ -114,7 +115,7 @@ def pack_examples(_: torch.Generator) -> list[tuple]:
         ([90.0, 132, 40, 61, 104, 165, 39, 4], 2),
         ([10.0, 1, 1, 2, 1, 1], 2),
         ([3.0, 3, 3, 3, 5, 1, 7, 2, 9], 3),
-        ([6.0, 2, 5, 4], 4),
+        ([6.0, 2, 5, 4], 1),
     ]
 
 

@@ -1,0 +1,115 @@
+"""`minids rl`: train a base model with rule-based rewards alone, as R1-Zero."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from minids.cli.options import Device, call, choose_device, given
+from minids.model.transformer import MiniDS
+from minids.reasoning.grpo import VARIANTS, Variant
+from minids.reasoning.r1_zero import BASE_RECIPE, base_config, base_trainer, load_base, rule_reward
+from minids.reasoning.rewards import R1_ZERO_WEIGHTS
+from minids.reasoning.tasks import TASKS, Task, TaskName
+from minids.reasoning.trainer import RLRecipe, RLTrainer, check
+from minids.training.run import RUNS, check_new, read_metrics, read_run, write_run
+
+BESIDE_RESUME = {"--resume", "--weaker-sandbox", "--device"}
+
+
+def run(command: str, arguments: list[str]) -> None:
+    named = given(arguments)
+    if "--resume" in named and (others := sorted(named - BESIDE_RESUME)):
+        raise ValueError(f"{others[0]}: not allowed with --resume; a resumed run keeps its settings")
+    call(rl_command, command, arguments)
+
+
+def rl_command(
+    task: TaskName = "trace",
+    variant: Variant | None = None,
+    recipe: tyro.conf.OmitArgPrefixes[RLRecipe] = RLRecipe(),  # noqa: B008 - frozen
+    format_weight: float = R1_ZERO_WEIGHTS["format"],
+    language_weight: float = 0.0,
+    base: Path | None = None,
+    base_steps: int = BASE_RECIPE.steps,
+    name: str | None = None,
+    resume: Path | None = None,
+    weaker_sandbox: bool = False,
+    device: Device = "auto",
+) -> None:
+    """Train a base model with rule-based rewards, as R1-Zero, and store the run under runs/.
+
+    Args:
+        task: Task to learn: trace (arithmetic, rewarded by the answer) or program (Python, rewarded by unit tests).
+        variant: Published variant, which sets averaging, ratio, std and clips: grpo, dr_grpo, dapo or gspo.
+        recipe: Training settings.
+        format_weight: Weight of the format reward (accuracy has weight 1).
+        language_weight: Weight of the language reward, the share of English words in the thought; 0 is R1-Zero.
+        base: Folder of a run to start from; by default a base model is pre-trained first.
+        base_steps: Optimizer steps of that pre-training.
+        name: Name of the run's folder under runs/; by default rl-TASK.
+        resume: Folder of a run to resume; all settings are then read from there.
+        weaker_sandbox: Fall back to Landlock and seccomp where bubblewrap is unavailable (task program only).
+        device: Device to train on; auto selects CUDA where available.
+    """
+    device = choose_device(device)
+    if resume is not None:
+        carry_out(resume, weaker_sandbox, device)
+        return
+    directory = RUNS / (name or f"rl-{task}")
+    check_new(directory)
+    if variant is not None:
+        recipe = dataclasses.replace(recipe, **VARIANTS[variant])
+    weights = {"accuracy": 1.0, "format": format_weight, "language": language_weight}
+    family = TASKS[task]()
+    dataclasses.replace(BASE_RECIPE, steps=base_steps)  # raises for impossible steps, before anything is written
+    rule_reward(task, weights, weaker_sandbox)  # raises for unknown weights and an unavailable sandbox
+    config = base_config(family.tokenizer.vocab_size) if base is None else load_base(base, family).config
+    check(config, family.tokenizer, family, recipe)
+    plan = dict(task=task, weights=weights, base=base and str(base.resolve()), base_steps=base_steps)
+    family.tokenizer.save(directory)
+    write_run(directory, "rl", plan | {"recipe": dataclasses.asdict(recipe)})
+    carry_out(directory, weaker_sandbox, device)
+
+
+def carry_out(directory: Path, weaker_sandbox: bool, device: str) -> None:
+    """Start or resume the run that run.json describes."""
+    plan = read_run(directory)
+    if plan["kind"] != "rl":
+        raise ValueError(f"{directory} was made by {plan['kind']}: to train its model, use --base {directory}")
+    try:
+        task, recipe = TASKS[plan["task"]](), RLRecipe(**plan["recipe"])
+        reward = rule_reward(plan["task"], plan["weights"], weaker_sandbox)
+        base_recipe = dataclasses.replace(BASE_RECIPE, steps=plan["base_steps"], seed=recipe.seed)
+        base = plan["base"] and Path(plan["base"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{directory / 'run.json'} is damaged: not the description of a run") from None
+    model = load_base(base, task) if base else _train_base(directory, task, base_recipe, device)
+    if model is None:
+        print(f"Stopped. Resume with:\n    python -m minids rl --resume {directory}")
+        return
+    trainer = RLTrainer(model.to(device), task.tokenizer, task, reward, recipe)
+    print(f"{directory}: reinforcement learning of {model.num_parameters():,} parameters", flush=True)
+    trainer.run(directory=directory)
+    if trainer.step < recipe.steps:
+        print(f"\nStopped after step {trainer.step}. Resume with:\n    python -m minids rl --resume {directory}")
+        return
+    _report(directory)
+
+
+def _train_base(directory: Path, task: Task, recipe: Any, device: str) -> MiniDS | None:
+    """Pre-train the base model in the run's folder base/; return None if it was stopped."""
+    print(f"{directory}/base: pre-training of a base model", flush=True)
+    trainer = base_trainer(task, recipe, device=device)
+    trainer.run(directory=directory / "base")
+    return trainer.model if trainer.step == recipe.steps else None
+
+
+def _report(directory: Path) -> None:
+    before, *_, after = (metrics for metrics in read_metrics(directory) if "held_out/pass@1" in metrics)
+    for name in (name for name in after if name.startswith("held_out/pass") and not name.endswith("interval")):
+        (old, old_half), (new, new_half) = ((m[name], m[f"{name}_interval"]) for m in (before, after))
+        print(f"{name}: {old:.3f} ± {old_half:.3f} before, {new:.3f} ± {new_half:.3f} after")
+    print(f"Stored in {directory}/: checkpoints, metrics.jsonl, samples/. Next:")
+    print(f"    python -m minids sample {directory} --prompt 'a7 b+8 c-9?'")

@@ -1,0 +1,70 @@
+"""KV cache, and the attention context: positions, rotation and mask of a forward pass.
+
+Notable choice: the token at position p of a sequence is cached in slot p. The causal mask is then a comparison of
+positions, sequences of different lengths can share a batch, and a rollback only sets the length.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+
+@dataclass
+class AttentionContext:
+    """Positions of a forward pass's tokens, their rotations, and the attention mask.
+
+    `mask` is added to the scores: 0 for visible slots, -inf for the others. Without a cache it is None: the sequence
+    starts at position 0, and attention is causal.
+    """
+
+    sequence: Int[Tensor, "batch 1"]  # 0, 1, ..., batch - 1: indexes the slots of the cache together with `positions`
+    positions: Int[Tensor, "batch seq"]
+    rotation: Complex[Tensor, "batch seq 1 pairs"]
+    mask: Float[Tensor, "batch 1 seq slots"] | None = None
+
+
+Cache = Float[Tensor, "batch slots width"]
+
+
+def write_cache(
+    cache: Cache, context: AttentionContext, entry: Float[Tensor, "batch seq width"]
+) -> Float[Tensor, "batch seen width"]:
+    """Write each token's entry into the slot of its position, in place; return the slots up to the longest sequence."""
+    cache[context.sequence, context.positions] = entry.to(cache.dtype)
+    return cache[:, : context.mask.shape[-1]]
+
+
+class KVCache:
+    """Cache of a batch of sequences: one tensor per layer, and the number of valid positions per sequence."""
+
+    def __init__(self, widths: Sequence[int], batch: int, slots: int, like: Tensor):
+        """Allocate a layer for each of `widths`, its values per token, with the dtype and the device of `like`."""
+        self.layers = [like.new_zeros(batch, slots, width) for width in widths]
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.longest = 0  # maximum of `lengths`, known without synchronising with the device
+
+    @property
+    def slots(self) -> int:
+        """Capacity in tokens per sequence."""
+        return self.layers[0].shape[1]
+
+    def advance(self, tokens: int) -> None:
+        """Add `tokens` to the length of every sequence, after they were written."""
+        self.lengths = self.lengths + tokens
+        self.longest += tokens
+
+    def truncate(self, lengths: Int[Tensor, "batch"]) -> None:
+        """Set the lengths; slots beyond them are overwritten later."""
+        self.lengths, self.longest = lengths, int(lengths.max())
+
+    def keep(self, rows: Int[Tensor, "kept"]) -> None:
+        """Keep only these sequences of the batch."""
+        self.layers = [layer[rows] for layer in self.layers]
+        self.truncate(self.lengths[rows])
+
+    def num_bytes(self) -> int:
+        """Memory of all layers, in bytes."""
+        return sum(layer.nbytes for layer in self.layers)

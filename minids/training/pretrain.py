@@ -1,0 +1,198 @@
+"""Pre-training: the recipe, the training step, and the evaluation on held-out text.
+
+Notable choices: a step is a function of (model, optimizer state, data position); gradient, losses and tokens per expert
+are those of the whole global batch, for any division into micro-batches.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from minids.config import ModelConfig, check_fields
+from minids.data.batches import Batch, BatchStream, TokenizedCorpus, evaluation_batches
+from minids.data.tokenizer import Tokenizer
+from minids.fp8.linear import convert_to_fp8
+from minids.model.moe import max_violation
+from minids.model.transformer import MiniDS
+from minids.training.loop import Diverged, Loop
+from minids.training.loss import LossDenominators, Losses, bits_per_byte, losses
+from minids.training.lr_schedule import LRSchedule
+from minids.training.metrics import Metrics
+from minids.training.optimizer import make_optimizers
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a pre-training run.
+
+    The defaults train the preset `tiny` for two minutes on two CPU cores; larger models need smaller learning rates.
+    Weights of the losses, decay and clipping are V3's (FACTS.md section 7.1).
+    """
+
+    steps: int = 800
+    """Optimizer steps of the run; the learning-rate schedule is a function of step / steps."""
+    batch_size: int = 4
+    """Sequences per optimizer step."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; lower it if memory runs out. None takes the whole batch at once."""
+    seq_len: int = 256
+    """Tokens per training sequence, at most the context length of the model."""
+    learning_rate: float = 6e-3
+    """Peak learning rate; lower it for larger models, or if training diverges."""
+    warmup_steps: int = 30
+    """Steps of linear warm-up to the peak learning rate."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw for all parameters, or muon for the two-dimensional matrices of the layers and adamw for the others."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of AdamW's first and second moments (V3 uses bf16)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices, multiplied by the learning rate; norm weights have none."""
+    clip_norm: float = 1.0
+    """Maximum of the global gradient norm; larger gradients are scaled down to it."""
+    mtp_weight: float = 0.3
+    """Weight of the multi-token prediction loss, divided by 3 when the learning rate decays; 0 skips MTP modules."""
+    balance_speed: float = 0.001
+    """Change of a router bias per step toward balanced load; 0 freezes the biases, as in the last part of the run."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Precision of the matrix products: fp32, bf16 (autocast) or fp8 (emulated on CPUs); weights stay in fp32."""
+    seed: int = 0
+    """Seed of the initial weights and the order of the data."""
+    evaluate_every: int = 100
+    """Steps between evaluations on held-out text."""
+    evaluation_batches: int = 16
+    """Micro-batches of held-out text per evaluation; more give a less noisy value."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints, of which the newest two are kept."""
+
+    def __post_init__(self):
+        check_fields(self, may_be_zero=("warmup_steps", "seed", "weight_decay", "mtp_weight", "balance_speed"))
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Tokenized text of a run: training and validation split, and the tokenizer."""
+
+    train: TokenizedCorpus
+    validation: TokenizedCorpus
+    tokenizer: Tokenizer
+
+
+def training_batches(data: TextData, recipe: Recipe) -> BatchStream:
+    """Create the stream of a run's global batches, at its first batch. Raises `ValueError` if the text is too short."""
+    return BatchStream(data.train, batch_size=recipe.batch_size, seq_len=recipe.seq_len, seed=recipe.seed)
+
+
+def validation_batches(data: TextData, recipe: Recipe) -> Iterator[Batch]:
+    """Create the batches of validation text on which a run is evaluated. Raises `ValueError` if it is too short."""
+    rows = recipe.micro_batch_size or recipe.batch_size
+    return evaluation_batches(
+        data.validation, batch_size=rows, seq_len=recipe.seq_len, max_batches=recipe.evaluation_batches
+    )
+
+
+def check(config: ModelConfig, data: TextData, recipe: Recipe) -> None:
+    """Raise `ValueError` if model, text and recipe do not match."""
+    if recipe.seq_len > config.max_position_embeddings:
+        raise ValueError(f"seq_len={recipe.seq_len}: the context holds {config.max_position_embeddings}")
+    if data.tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"vocab_size={config.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} tokens")
+    training_batches(data, recipe)  # raises an error for text that is too short
+    validation_batches(data, recipe)
+
+
+class Trainer(Loop):
+    """Pre-training loop; its checkpoints also hold the position in the training data."""
+
+    def __init__(self, model: MiniDS, data: TextData, recipe: Recipe):
+        check(model.config, data, recipe)
+        if recipe.precision == "fp8":
+            convert_to_fp8(model)
+        optimizers = make_optimizers(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.moments)
+        super().__init__(model, recipe, optimizers)
+        self.data, self.schedule = data, LRSchedule(recipe.steps, recipe.warmup_steps)
+        self.stream = training_batches(data, recipe)
+
+    def evaluation_metrics(self, directory: Path | None) -> Metrics:
+        """Evaluate on validation text."""
+        return {"validation_bits_per_byte": self.evaluate()}
+
+    def progress_message(self, metrics: Metrics) -> str:
+        """Loss and throughput, for the progress bar."""
+        return f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+
+    def train_step(self) -> Metrics:
+        """Take one optimizer step on the next global batch. Raises `Diverged`, without changing the weights."""
+        recipe, began = self.recipe, time.perf_counter()
+        mtp_weight = recipe.mtp_weight / (3 if self.schedule.is_falling(self.step) else 1)
+        learning_rate = recipe.learning_rate * self.schedule.learning_rate_factor(self.step)
+        balance_speed = 0.0 if self.schedule.has_fallen(self.step) else recipe.balance_speed
+
+        self.model.train()
+        sums, tokens_per_expert = self.backward(next(self.stream), mtp_weight)
+        norm = self.clip_gradients()
+        main = sums.main.item()
+        if not math.isfinite(norm) or not main < 3 * math.log(self.model.config.vocab_size):
+            raise Diverged(
+                f"training diverged in step {self.step + 1} (loss {main:.4g}, gradient norm {norm:.4g}): "
+                f"learning_rate={recipe.learning_rate!r} may be too high"
+            )
+
+        self.optimizer_step(learning_rate)
+        self.step += 1
+        metrics = {
+            "step": self.step,
+            "loss": main,
+            "mtp_loss": sums.mtp.item(),
+            "balance_loss": sums.balance.item(),
+            "learning_rate": learning_rate,
+            "gradient_norm": norm,
+        }
+        if tokens_per_expert is not None:
+            self.model.update_balance_bias(tokens_per_expert, balance_speed)
+            metrics["max_violation"] = max_violation(tokens_per_expert).mean().item()
+        tokens = recipe.batch_size * recipe.seq_len
+        seconds = time.perf_counter() - began
+        return metrics | {"tokens": self.step * tokens, "tokens_per_second": tokens / seconds}
+
+    def backward(
+        self, batch: Batch, mtp_weight: float, denominators: LossDenominators | None = None
+    ) -> tuple[Losses, torch.Tensor | None]:
+        """Accumulate gradients over the micro-batches of a batch; return its losses and tokens per expert.
+
+        `batch` is a global batch, or a part of one if its `denominators` are given.
+        """
+        denominators = denominators or LossDenominators.of(batch)
+        device = self.model.head.weight.device
+        sums, tokens_per_expert = None, None
+        for micro in batch.to(device).micro_batches(self.recipe.micro_batch_size or len(batch.tokens)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+                out = self.model(micro.tokens[:, :-1], mtp=bool(mtp_weight))
+            part = losses(self.model, out, micro, denominators)
+            part.total(mtp_weight).backward()
+            sums = part.detach() if sums is None else sums + part.detach()
+            if out.routings:
+                counts = out.tokens_per_expert
+                tokens_per_expert = counts if tokens_per_expert is None else tokens_per_expert + counts
+        return sums, tokens_per_expert
+
+    def evaluate(self) -> float:
+        """Compute the bits per byte of a fixed sample of the validation text."""
+        self.model.eval()
+        return bits_per_byte(self.model, validation_batches(self.data, self.recipe), self.data.tokenizer.token_bytes())
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"data": self.stream.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.stream.load_state_dict(state["data"])
+
+
+def train(model: MiniDS, data: TextData, recipe: Recipe, **options: Any) -> list[Metrics]:
+    """Train `model` in place and return the metrics; options as in `Loop.run`."""
+    return Trainer(model, data, recipe).run(**options)

@@ -1,0 +1,120 @@
+"""Run folders: run.json describes how the model was made; beside it are tokenizer, checkpoints and metrics.
+
+Notable choices: every command that makes a model writes a run folder, and every command reads any of them; run.json is
+written last, so a folder with it can be resumed; a lock admits one process at a time.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from minids.data.tokenizer import Tokenizer, load_tokenizer
+from minids.files import atomic_write_text
+from minids.model.transformer import MiniDS
+from minids.training.checkpoint import latest_checkpoint, load_model, save_checkpoint
+
+RUNS = Path("runs")
+Kind = Literal["train", "import", "rl", "r1"]
+OLD_FILES = {"run.json": "train", "rl.json": "rl", "r1.json": "r1"}  # files of version 0.1, which have no kind
+
+
+def write_run(directory: Path, kind: Kind, fields: dict[str, Any]) -> None:
+    """Write run.json into `directory` atomically; create the folder if needed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(directory / "run.json", json.dumps({"kind": kind} | fields, indent=1))
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """Read the fields of run.json, with "kind"; folders of version 0.1 can be read too.
+
+    Raises `ValueError` if it is missing or damaged.
+    """
+    for name, kind in OLD_FILES.items():
+        path = directory / name
+        if path.is_file():
+            try:
+                fields = json.loads(path.read_text(encoding="utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                fields = None
+            if not isinstance(fields, dict):
+                raise ValueError(f"{path} is damaged: not the description of a run")
+            return {"kind": kind} | fields
+    raise ValueError(f"{directory} is not a run: it has no run.json")
+
+
+def check_new(directory: Path) -> None:
+    """Raise `ValueError` if the folder exists."""
+    if directory.exists():
+        raise ValueError(f"{directory} exists: choose another --name, or continue it with --resume {directory}")
+
+
+def model_folder(directory: Path) -> Path:
+    """Find the folder with a run's checkpoints: its own, or for R1 that of the last finished stage."""
+    finished = [directory / stage for stage in read_run(directory).get("stages", [])] if _is_run(directory) else []
+    return next((stage for stage in reversed(finished) if latest_checkpoint(stage / "checkpoints")), directory)
+
+
+def load_run(directory: Path, device: str = "cpu") -> tuple[MiniDS, Tokenizer]:
+    """Load the tokenizer and the newest checkpoint's model, in evaluation mode. Raises `ValueError` if damaged."""
+    return load_model(model_folder(directory)).to(device).eval(), load_tokenizer(directory)
+
+
+def _is_run(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in OLD_FILES)
+
+
+def newest_run() -> Path:
+    """Find the run with the latest change, of any kind. Raises `ValueError` if there is none."""
+    runs = [path for path in RUNS.glob("*") if _is_run(path)]
+    if not runs:
+        raise ValueError(f"there is no run under {RUNS}/: train one first")
+    return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+
+
+def free_name(name: str) -> str:
+    """Return `name`, or `name`-2, -3, ... if it is taken under runs/."""
+    candidates = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(name for name in candidates if not (RUNS / name).exists())
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    """Read metrics.jsonl: one object per step."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def save_imported(model: MiniDS, tokenizer: Tokenizer, source: Path, directory: Path) -> None:
+    """Save an imported model as a run with one checkpoint, of step 0."""
+    checkpoint = directory / "checkpoints" / "step-00000000"
+    save_checkpoint(checkpoint, {"model": model.state_dict()}, {"step": 0, "config": model.config.to_dict()})
+    tokenizer.save(directory)
+    write_run(directory, "import", {"config": model.config.to_dict(), "source": str(source)})
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Lock a run's folder during the block; the operating system releases the lock of a process that died.
+
+    Raises `ValueError` if another process holds the lock. Does nothing if folders cannot be locked (Windows, some
+    network drives).
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{directory} is in use by another process: wait for it, or stop it first") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,47 @@
+"""The chart of a schedule draws every action where it runs."""
+
+import pytest
+
+from minids.course.pipeline_chart import draw
+from minids.parallel.dualpipe import dualpipe
+from minids.parallel.one_f_one_b import gpipe, one_f_one_b
+from minids.parallel.schedules import SCHEDULES
+
+
+def bars(figure):
+    """(rank, start, end, height) of every bar, left to right and top to bottom."""
+    boxes = [bar.get_bbox() for bar in figure.axes[0].patches]
+    return sorted((round((b.y0 + b.y1) / 2), b.x0, b.x1, round(b.height, 9)) for b in boxes)
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values())
+def test_a_picture_has_a_bar_for_every_action_where_it_runs(make):
+    timeline = make(4, 8).simulate(F=1, B=3, W=1.5, FB=3.5, transfer=0.25)
+    expected = [
+        (rank, start, end, round(0.86 / len(action.parts), 9))
+        for rank, spans in enumerate(timeline.spans)
+        for action, start, end in spans
+        for _ in action.parts
+    ]
+    for (rank, start, end, height), wanted in zip(bars(draw(timeline)), sorted(expected), strict=True):
+        assert (rank, height) == (wanted[0], wanted[3]) and (start, end) == pytest.approx(wanted[1:3])
+
+
+def test_a_picture_tells_kinds_by_hatch_and_directions_by_darkness():
+    schedule = dualpipe(2, 4)
+    figure = draw(schedule.simulate())
+    written = [text.get_text() for text in figure.axes[0].texts]
+    parts = [part for actions in schedule.actions for action in actions for part in action.parts]
+    assert written == [f"{part.kind}{part.micro_batch}" for part in parts]
+    looks = {}
+    for part, bar in zip(parts, figure.axes[0].patches, strict=True):
+        looks.setdefault((part.kind, part.direction), set()).add((bar.get_hatch(), sum(bar.get_facecolor()[:3])))
+    assert {len(ways) for ways in looks.values()} == {1}
+    look = {key: next(iter(ways)) for key, ways in looks.items()}
+    assert len({look[kind, 0][0] for kind in "FBIW"}) == 4
+    assert all(look[kind, 0][0] == look[kind, 1][0] and look[kind, 0][1] > look[kind, 1][1] + 0.8 for kind in "FBIW")
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["F forward", "B backward", "I input half", "W weight half", "dark: direction 1"]
+    plain = draw(one_f_one_b(2, 4).simulate(), labels=False)
+    assert [text.get_text() for text in plain.legends[0].get_texts()] == words[:2] and not plain.axes[0].texts
+    assert not draw(gpipe(2, 40).simulate(), size=(3, 2)).axes[0].texts  # no room
