@@ -100,6 +100,14 @@ class _Sequences:
         return self.model.logits(hidden)
 
 
+def draft_window(depths: int) -> int:
+    """Return how many positions the MTP modules process again in each round after the first.
+
+    A round adds up to depths + 1 tokens; the depths - 1 positions before them were processed with drafts in their place.
+    """
+    return 2 * depths
+
+
 def verify(
     drafts: Int[Tensor, "batch depths"],
     draft_chances: Float[Tensor, "batch depths vocab"],
@@ -163,9 +171,7 @@ def generate_speculatively(
             sequences.keep(torch.tensor(going, device=sequences.known.device))
             alive = [alive[row] for row in going]
         drafts, draft_chances = sequences.draft(window, sampling, generator)
-        # A round adds up to depths + 1 tokens; the depths - 1 before them must be processed again,
-        # because the tokens next to them were drafts.
-        window = min(2 * depths, sequences.tokens.shape[1])
+        window = min(draft_window(depths), sequences.tokens.shape[1])
         chances = sampling.probabilities(sequences.read(drafts))
         settled, count = verify(drafts, draft_chances, chances, generator)
         sequences.settle(settled, count)

@@ -149,6 +149,25 @@ def test_drafts_are_what_training_predicts(counter):
             window = 6
 
 
+@pytest.mark.parametrize("depths", [1, 2, 3])
+def test_draft_window_reaches_every_position_that_changed(depths):
+    """With every draft accepted, the modules with their caches give the distributions of a full pass, to rounding."""
+    model = decided(num_nextn_predict_layers=depths).double().eval()
+    sequences = speculative._Sequences(model, [PROMPTS[1]], slots=60)
+    sequences.settle(torch.tensor([[3]]), torch.tensor([1]))
+    window = len(PROMPTS[1])
+    with torch.inference_mode():
+        for round in range(5):
+            text = sequences.tokens[:, : int(sequences.known)]
+            expected = model(text, mtp=True).mtp_logits[0][0, -1].softmax(-1)
+            drafts, chances = sequences.draft(window, Sampling(), torch.Generator().manual_seed(round))
+            torch.testing.assert_close(chances[0, 0], expected, atol=1e-10, rtol=0)
+            sequences.read(drafts)
+            own = torch.tensor([[round + 5]])  # the token that the model adds itself
+            sequences.settle(torch.cat((drafts, own), 1), torch.tensor([depths + 1]))
+            window = speculative.draft_window(depths)
+
+
 def test_acceptance_counts():
     acceptance = Acceptance(rounds=10, accepted=[8, 4])
     assert acceptance.rate(1) == 0.8 and acceptance.rate(2) == 0.4
