@@ -103,7 +103,7 @@ class _Sequences:
 def draft_window(depths: int) -> int:
     """Return how many positions the MTP modules process again in each round after the first.
 
-    A round adds up to depths + 1 tokens; the depths - 1 positions before them were processed with drafts in their place.
+    A round adds up to depths + 1 tokens, and the depths - 1 positions before them were processed together with drafts.
     """
     return 2 * depths
 
