@@ -50,6 +50,13 @@ def given(arguments: list[str]) -> set[str]:
     return {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
 
 
+def check_resume(arguments: list[str], allowed: set[str], reason: str) -> None:
+    """Raise `ValueError` for an option that is given together with --resume and is not among `allowed`."""
+    named = given(arguments)
+    if "--resume" in named and (others := sorted(named - allowed)):
+        raise ValueError(f"{others[0]}: not allowed with --resume; {reason}")
+
+
 def choose_device(device: Device) -> str:
     """Return "cpu" or "cuda". Raises `ValueError` where CUDA is requested but not available."""
     if device == "cuda" and not torch.cuda.is_available():

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from minids.cli.options import Device, call, choose_device, given
+from minids.cli.options import Device, call, check_resume, choose_device
 from minids.reasoning.r1 import SHORT, STAGES, R1Recipe, R1Run, StageStopped, ledger_table
 from minids.training.run import RUNS
 
@@ -11,9 +11,7 @@ BESIDE_RESUME = {"--resume", "--stages", "--device"}
 
 
 def run(command: str, arguments: list[str]) -> None:
-    named = given(arguments)
-    if "--resume" in named and (others := sorted(named - BESIDE_RESUME)):
-        raise ValueError(f"{others[0]}: not allowed with --resume; a resumed run keeps its settings")
+    check_resume(arguments, BESIDE_RESUME, "a resumed run keeps its settings")
     call(r1_command, command, arguments)
 
 

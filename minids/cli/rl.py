@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from minids.cli.options import Device, call, choose_device, given
+from minids.cli.options import Device, call, check_resume, choose_device
 from minids.model.transformer import MiniDS
 from minids.reasoning.grpo import VARIANTS, Variant
 from minids.reasoning.r1_zero import BASE_RECIPE, base_config, base_trainer, load_base, rule_reward
@@ -19,9 +19,7 @@ BESIDE_RESUME = {"--resume", "--weaker-sandbox", "--device"}
 
 
 def run(command: str, arguments: list[str]) -> None:
-    named = given(arguments)
-    if "--resume" in named and (others := sorted(named - BESIDE_RESUME)):
-        raise ValueError(f"{others[0]}: not allowed with --resume; a resumed run keeps its settings")
+    check_resume(arguments, BESIDE_RESUME, "a resumed run keeps its settings")
     call(rl_command, command, arguments)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from minids.cli.options import Device, choose_device, given, parse
+from minids.cli.options import Device, check_resume, choose_device, given, parse
 from minids.cli.text import print_continuation
 from minids.config import ModelConfig
 from minids.data.tokenizer import load_tokenizer
@@ -63,8 +63,7 @@ def run(command: str, arguments: list[str]) -> None:
     """Parse and run `minids train`. Raises `ValueError` for a user's mistake."""
     options = parse(Options, command, arguments, default=_defaults(arguments))
     named = given(arguments)
-    if options.resume and (others := sorted(named - BESIDE_RESUME)):
-        raise ValueError(f"{others[0]}: not allowed with --resume; a resumed run keeps all settings except --steps")
+    check_resume(arguments, BESIDE_RESUME, "a resumed run keeps all settings except --steps")
     if options.start_from and (others := sorted(n for n in named if n.startswith(("--model", "--preset", "--tok")))):
         raise ValueError(f"{others[0]}: not allowed with --from; sizes and tokenizer are those of {options.start_from}")
     device = choose_device(options.device)
