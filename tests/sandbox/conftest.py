@@ -7,10 +7,10 @@ import pytest
 from judging import PATIENT, descendants, gone_within
 
 from minids.sandbox import judge as module
-from minids.sandbox.judge import STRONG, WEAKER, IsolationUnavailable, SandboxProcess
+from minids.sandbox.judge import LINUX, IsolationUnavailable, SandboxProcess
 
 
-@pytest.fixture(scope="module", params=[STRONG[0], *WEAKER], ids=lambda isolation: isolation[0])
+@pytest.fixture(scope="module", params=LINUX, ids=lambda isolation: isolation[0])
 def isolation(request):
     try:
         SandboxProcess(request.param, PATIENT).close()
@@ -22,7 +22,7 @@ def isolation(request):
 @pytest.fixture(scope="module")
 def some_isolation():
     """Any available set: a forgery against a judge outside does not depend on the layers."""
-    return module.find_isolation(True)
+    return module.find_isolation()
 
 
 @pytest.fixture(scope="module", autouse=True)
