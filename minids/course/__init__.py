@@ -2,6 +2,7 @@
 
 import inspect
 import textwrap
+from collections.abc import Callable
 
 import torch
 from IPython import get_ipython
@@ -26,7 +27,7 @@ def start(minutes: float, gigabytes: float = 1) -> None:
     print(f"Needs about {minutes:g} {unit} on two CPU cores and {gigabytes:g} GB of memory.")
 
 
-def show(*objects: object) -> Markdown:
+def show(*objects: Callable) -> Markdown:
     """Return the source of classes, functions or methods as highlighted Markdown."""
     source = "\n\n".join(textwrap.dedent(inspect.getsource(item)).rstrip() for item in objects)
     return Markdown(f"```python\n{source}\n```")

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from minids.config import require
 from minids.model.moe import Experts
@@ -42,23 +43,24 @@ def move_experts(model: MiniDS, placement: Placement) -> None:
     Raises `ValueError` where the placement is for other layers, experts or ranks.
     """
     modules = (module for module in model.modules() if isinstance(module, Experts))
-    layers = [module for module in modules if isinstance(module.dispatcher, AllToAllDispatcher)]
+    layers = [(each, each.dispatcher) for each in modules if isinstance(each.dispatcher, AllToAllDispatcher)]
     rows, experts = placement.expert_of_slot, model.config.n_routed_experts
     require(len(rows) == len(layers), "placement", tuple(rows.shape), f"must have the {len(layers)} sharded MoE layers")
     held = placement.copies.shape[1]
     require(held == experts, "placement", held, f"must place the {experts} experts of the model")
-    ranks = layers[0].dispatcher.mesh.size()
+    ranks = layers[0][1].mesh.size()
     require(placement.gpus == ranks, "gpus", placement.gpus, f"must be the {ranks} ranks that hold the experts")
-    for layer, expert_of_slot in zip(layers, rows, strict=True):
-        _move(layer, expert_of_slot.to(layer.gate_proj.device))
+    for (layer, dispatcher), expert_of_slot in zip(layers, rows, strict=True):
+        _move(layer, dispatcher, expert_of_slot.to(layer.gate_proj.device))
 
 
 @torch.no_grad()
-def _move(layer: Experts, expert_of_slot: Int[Tensor, "slots"]) -> None:
+def _move(layer: Experts, before: AllToAllDispatcher, expert_of_slot: Int[Tensor, "slots"]) -> None:
     """Replace this rank's experts by those of its slots; of an expert with several copies, the first is the source."""
-    source, before = expert_of_slot, layer.dispatcher
+    source = expert_of_slot
     if isinstance(before, SlotDispatcher):
         source = slots_in_turn(expert_of_slot[None], before.expert_of_slot)[0]
     for name, weight in list(layer.named_parameters()):
+        assert isinstance(weight, DTensor)  # since `keep_shard`
         keep_shard(layer, before.mesh, name, weight.full_tensor()[source])
     layer.dispatcher = SlotDispatcher(before, expert_of_slot)

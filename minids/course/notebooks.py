@@ -54,8 +54,8 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
     Raises `ValueError` with the message of the first cell that fails without the tag `raises-exception`.
     """
-    options = dict(timeout=600, record_timing=False, coalesce_streams=True)
-    client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **options)
+    place = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, resources=place, timeout=600, record_timing=False, coalesce_streams=True)
     try:
         client.execute(env=environment())
     except CellExecutionError as error:

@@ -26,8 +26,8 @@ PAIR = (
 class Streams:
     """Components of one chunk or two on the compute stream and the communication stream of a GPU."""
 
-    compute: list[Span]
-    communication: list[Span]
+    compute: list[Span[str]]
+    communication: list[Span[str]]
 
     @property
     def makespan(self) -> float:
@@ -55,7 +55,8 @@ def overlap(
         raise ValueError(f"layers={layers}: must be at least 1")
     check_times(attention=attention, mlp=mlp, communication=communication)
     time = {"attention": attention, "MLP": mlp, "all-to-all": communication * 3 * (attention + mlp) / 4}
-    streams, ended = Streams([], []), {}
+    streams = Streams([], [])
+    ended: dict[str, float] = {}
     for name, kind, awaited in layers * [row for row in PAIR if ("F" if row[0].endswith("F") else "B") in chunks]:
         stream = streams.communication if kind == "all-to-all" else streams.compute
         start = max(stream[-1].end if stream else 0, ended.get(awaited, 0))

@@ -33,16 +33,18 @@ def draw(
         length, height = span.end - span.start, 0.86 / len(span.action.parts)
         for i, part in enumerate(span.action.parts):
             _, *colors, hatch = LOOKS[part.kind]
-            look = dict(color=colors[part.direction], hatch=hatch, ec="white", lw=0.4, antialiased=False)
-            bar = axes.barh(rank - 0.43 + (i + 0.5) * height, length, height, span.start, **look)
+            place, color = rank - 0.43 + (i + 0.5) * height, colors[part.direction]
+            bar = axes.barh(
+                place, length, height, span.start, color=color, hatch=hatch, ec="white", lw=0.4, antialiased=False
+            )
             text = f"{part.kind}{part.micro_batch}"
             if labels and 60 * size[0] * length / timeline.makespan > 5 * len(text):  # approximate widths in points
-                behind = dict(facecolor=colors[part.direction], edgecolor="none", pad=0.6)  # keeps the hatch off
+                behind = dict(facecolor=color, edgecolor="none", pad=0.6)  # keeps the hatch off
                 ink = ("black", "white")[part.direction]
                 axes.bar_label(bar, [text], label_type="center", fontsize=6.5, color=ink, bbox=behind)
             used |= {part.kind, part.direction}
     looks = [LOOKS[kind] for kind in LOOKS if kind in used]
-    keys = [Patch(fc=color, hatch=hatch, ec="white", label=name) for name, color, _, hatch in looks]
+    keys = [Patch(fc=light, hatch=hatch, ec="white", label=name) for name, light, _, hatch in looks]
     keys += [Patch(fc="#404040", label="dark: direction 1")] * (1 in used)
     figure.legend(handles=keys, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure

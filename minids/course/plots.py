@@ -71,8 +71,7 @@ def bars(
     for i, name in enumerate(names):
         places = [g + (i - (len(names) - 1) / 2) * width for g, group in enumerate(groups.values()) if name in group]
         heights = [group[name] for group in groups.values() if name in group]
-        look = dict(color=COLORS[i % 7], hatch=HATCHES[i % 7], edgecolor="white", linewidth=0.5)
-        axes.bar(places, heights, width, label=name, **look)
+        axes.bar(places, heights, width, label=name, color=COLORS[i % 7], hatch=HATCHES[i % 7], ec="white", lw=0.5)
     axes.set_xticks(range(len(groups)), groups.keys())
     _finish(axes, log, legend=len(names) > 1)
     return figure
@@ -84,7 +83,7 @@ def points(
     """Plot one labelled point per entry, (x, y, half-width of y's error bar)."""
     figure, axes = canvas(xlabel, ylabel, title)
     for i, (label, (x, y, spread)) in enumerate(places.items()):
-        look = dict(color=COLORS[i % 7], marker=MARKERS[i % 7], markersize=8, capsize=4, linestyle="")
+        look: dict[str, Any] = dict(color=COLORS[i % 7], marker=MARKERS[i % 7], markersize=8, capsize=4, linestyle="")
         axes.errorbar([x], [y], yerr=[spread], label=label, **look)
     _finish(axes, log, legend=True)
     return figure

@@ -12,12 +12,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 
+What = Literal["compute", "wait"]
+
 
 class Stretch(NamedTuple):
     """One interval of a micro-batch, in seconds from a common start: it computed, or waited for its all-to-all."""
 
     work: int
-    what: Literal["compute", "wait"]
+    what: What
     start: float
     end: float
 
@@ -36,7 +38,8 @@ class _Turns:
     def __init__(self, works: Sequence[Callable[[], Any]]):
         self.works, self.going = works, list(range(len(works)))
         self.locks = [Semaphore(0) for _ in works]
-        self.stretches, self.start = [], time.perf_counter()
+        self.stretches: list[Stretch] = []
+        self.start = time.perf_counter()
 
     def run(self, me: int) -> Any:
         self.locks[me].acquire()
@@ -63,7 +66,7 @@ class _Turns:
     def after(self, me: int) -> int:
         return self.going[(self.going.index(me) + 1) % len(self.going)]
 
-    def note(self, me: int, what: str, since: float) -> float:
+    def note(self, me: int, what: What, since: float) -> float:
         now = time.perf_counter()
         self.stretches.append(Stretch(me, what, since - self.start, now - self.start))
         return now

@@ -1,13 +1,16 @@
 """Each exercise can be solved, cannot be passed by doing nothing, and names the mistakes it knows."""
 
 import contextlib
+import inspect
 import io
+import re
 
 import pytest
 import torch
-from notebooks import EXERCISES, SOLUTIONS, chapter_number
+from notebooks import CHAPTERS, EXERCISES, SOLUTIONS, chapter_number
 
-from minids.course.checks import Function, SpotTheBug, check, describe, exercises
+from minids.course.checks import Function, SpotTheBug, check, exercises
+from minids.course.compare import describe
 from minids.course.notebooks import read
 
 ALL = [exercise for path in SOLUTIONS for exercise in exercises(chapter_number(path))]
@@ -64,6 +67,43 @@ def test_a_known_mistake_is_called_by_its_name(exercise, words):
     assert f"this is what comes out when {words}" in repr(report), report
 
 
+@pytest.mark.parametrize("exercise", FUNCTIONS, ids=lambda exercise: exercise.id)
+def test_messages_name_the_arguments_as_the_notebook_does(exercise, solved):
+    asked = list(inspect.signature(solved[chapter(exercise)][exercise.name]).parameters)
+    assert exercise.parameters[: len(asked)] == asked
+    assert set(exercise.gradients) <= set(asked)
+
+
+HEADINGS = {
+    chapter_number(path): {
+        number
+        for cell in read(path).cells
+        if cell.cell_type == "markdown"
+        for number in re.findall(r"^##+ (\d+(?:\.\d+)?)", cell.source, re.MULTILINE)
+    }
+    for path in CHAPTERS
+}
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=lambda exercise: exercise.id)
+def test_two_hints_and_then_a_section_that_the_chapter_has(exercise):
+    assert len(exercise.hints) == 2 and len(set(exercise.hints)) == 2
+    assert exercise.section.startswith(f"chapter {chapter(exercise):02d}, section")
+    places = re.findall(r"sections? ([\d., andto]+)", exercise.section)
+    sections = re.findall(r"\d+(?:\.\d+)?", " ".join(places))
+    assert sections and set(sections) <= HEADINGS[chapter(exercise)]
+
+
+INTERNAL = re.compile(r"pitfall|\bbug [a-z]\b|FACTS|ERRATA|re-mak|\bdear\b|\breaders?\b", re.IGNORECASE)
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=lambda exercise: exercise.id)
+def test_a_learner_sees_no_internal_words(exercise):
+    own = list(exercise.mistakes) if isinstance(exercise, Function) else [b.name + b.hint for b in exercise.bugs]
+    for text in (*own, *exercise.hints, *getattr(exercise, "outputs", ())):
+        assert not INTERNAL.search(text), text
+
+
 CONSTANTS = (None, NotImplemented, True, False, 0, 1, 0.0, 1.0, "", (), [], torch.tensor(0.0), torch.ones(1))
 
 
@@ -115,5 +155,5 @@ def test_a_test_that_tests_nothing_earns_nothing(exercise):
 def test_every_exercise_module_has_its_notebook():
     import minids.course.exercises as package
 
-    modules = sorted(path.stem for path in __import__("pathlib").Path(package.__path__[0]).glob("chapter*.py"))
+    modules = sorted(path.stem for path in __import__("pathlib").Path(package.__path__[0]).glob("chapter[0-9][0-9].py"))
     assert modules == [f"chapter{chapter_number(path):02d}" for path in SOLUTIONS]

@@ -1,247 +1,261 @@
-"""A folder of submissions becomes the right table, whatever the notebooks in it do."""
+"""A class of honest and hostile students becomes the right table, in one command that ends."""
 
 import csv
+import json
+import os
 import re
-import socket
 import subprocess
 import sys
+import time
+import zipfile
 from xml.etree import ElementTree
 
 import nbformat
 import pytest
 from notebooks import EXERCISES, SOLUTIONS, chapter_number
+from students import FILE, HOSTILE, HOSTILE_FILES, cells_of, notebook, saved_by_others
 
 from minids.course import grade as grading
 from minids.course.checks import exercises
-from minids.course.grade import Grade, grade
-from minids.course.notebooks import ROOT, read
+from minids.course.exercises import NAMES
+from minids.course.grade import Grade, grade, printable
+from minids.course.notebooks import ROOT
 
 ASKED = exercises(chapter_number(SOLUTIONS[0]))
 POINTS = sum(exercise.points for exercise in ASKED)
-FILE = SOLUTIONS[0].name
-
-
-def notebook(path, *sources):
-    path.parent.mkdir(parents=True)
-    cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-
-
-def solution():
-    return [cell.source for cell in read(SOLUTIONS[0]).cells if cell.cell_type == "code"]
-
-
-def handed_out():
-    return [cell.source for cell in read(EXERCISES[0]).cells if cell.cell_type == "code"]
-
-
 FIRST, SECOND = ASKED[:2]
-FORGED = """
-import minids.course.checks as checks
-checks.check = lambda *_: checks.Report("1.1", "x", "passed", 9, 9)
-checks.Function.check = lambda *_: checks.Report("1.1", "x", "passed", 9, 9)
-"""
+SOLVED, BLANK = cells_of(SOLUTIONS[0]), cells_of(EXERCISES[0])
 
 
-EARNED = dict.fromkeys(("right", "downloaded", "no_check_cells", "unparsable", "hanging", "greedy", "chatty"), POINTS)
-EARNED |= {"half": FIRST.points, "wrong": POINTS - FIRST.points, "crashing": POINTS - SECOND.points}
-EARNED |= {"forging": POINTS - FIRST.points}
-EARNED |= dict.fromkeys(("blank", "constant", "empty", "renamed", "stubborn", "dying", "garbage", "absent"), 0)
+def honest() -> dict[str, tuple[int, list[str]]]:
+    """Points and cells of honest students."""
+    seven = f"def {FIRST.name}(*arguments):\n    return 7"
+    students = {
+        "right": (POINTS, SOLVED),
+        "no check cells": (POINTS, [cell for cell in SOLVED if "check(" not in cell]),
+        "one cell": (POINTS, ["\n\n".join(SOLVED)]),
+        "reversed": (POINTS, SOLVED[:1] + SOLVED[:0:-1]),
+        "wrong": (POINTS - FIRST.points, [*SOLVED, seven]),
+        "half": (FIRST.points, [*BLANK, SOLVED[1]]),
+        "blank": (0, BLANK),
+        "empty": (0, []),
+        "constant": (0, [f"def {exercise.name}(*arguments):\n    return 0" for exercise in ASKED]),
+        "unparsable": (POINTS, ["def broken(:", *SOLVED]),
+        "crashing": (POINTS - SECOND.points, ["1 / 0", *SOLVED, f"del {SECOND.name}"]),
+        "greedy": (POINTS, ["b = bytearray(2**40)", *SOLVED]),
+        "exits": (POINTS, [*SOLVED, "exit()"]),
+        "quits": (POINTS, [*SOLVED, "quit"]),
+        "system exit": (POINTS, ["raise SystemExit", *SOLVED, "import sys\nsys.exit(1)"]),
+        "interrupted": (POINTS, ["raise KeyboardInterrupt", *SOLVED]),
+        "json by accident": (POINTS, ["import json\njson = {}", *SOLVED]),
+        "magic": (POINTS, ["%matplotlib inline\n%time 1 + 1", "!pip install something", "%%time\nx = 1", *SOLVED]),
+        "timed": (POINTS, [SOLVED[0], *("%%time\n" + cell for cell in SOLVED[1:])]),
+        "asks": (POINTS, ["name = input('who are you?')", *SOLVED]),
+        "awaits": (POINTS, ["import asyncio\nawait asyncio.sleep(0)", *SOLVED]),
+        "plots": (POINTS, ["import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()", *SOLVED]),
+        "threads": (
+            POINTS,
+            ["import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()", *SOLVED],
+        ),
+        "writes": (POINTS, ["open('notes.txt', 'w').write('x')\nassert open('notes.txt').read() == 'x'", *SOLVED]),
+        "prints": (POINTS, ["print('x' * 10**7)", *SOLVED]),
+        "warns": (POINTS, ["import warnings\nwarnings.warn('x')", *SOLVED]),
+        "recurses": (POINTS, ["def f(): return f()\nf()", *SOLVED]),
+        "shows": (
+            POINTS,
+            ["from minids.course import show\nfrom minids.course.checks import hint\nhint('0.1')", *SOLVED],
+        ),
+        "imports": (POINTS, ["import numpy, einops, torch\ntorch.ones(2) @ torch.ones(2)", *SOLVED]),
+        "hanging": (POINTS, [*SOLVED, "while True:\n    pass"]),
+    }
+    return students
+
+
+SPELLED = {  # student: file name
+    "colab": f"Copy of {FILE}", "windows": "00_claims - Copy.ipynb", "macos": "00_claims copy.ipynb",
+    "lms prefix": f"anna_{FILE}", "upper case": FILE.upper(), "browser": "00_claims (1).ipynb",
+}  # fmt: skip
+NAMED = {
+    "M\udcfcller": "M\\udcfcller",
+    "=1+1": "=1+1",
+    "学生": "学生",
+    "a\x1b[2Kb": "a\\x1b[2Kb",
+    "new\nline": "new line",
+}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The points of every student of the class."""
+    points = {name: points for name, (points, _) in honest().items()}
+    points |= dict.fromkeys((*SPELLED, *saved_by_others([]), "zipped", *NAMED.values()), POINTS)
+    return points | {name: case.points for name, case in HOSTILE.items()} | dict.fromkeys(HOSTILE_FILES, 0)
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
     """A whole class, graded by the command at once, as a teacher would: what it prints, and the folder of its files."""
     folder, results = tmp_path_factory.mktemp("class"), tmp_path_factory.mktemp("results")
-    notebook(folder / "right" / FILE, *solution())
-    notebook(folder / "downloaded" / FILE.replace(".", " (1)."), *solution())
-    notebook(folder / "no_check_cells" / "week 1" / FILE, *[cell for cell in solution() if "check(" not in cell])
-    notebook(folder / "wrong" / FILE, *solution(), f"def {FIRST.name}(*arguments):\n    return 7")
-    notebook(folder / "half" / FILE, *handed_out(), solution()[1])
-    notebook(folder / "constant" / FILE, *(f"def {exercise.name}(*arguments):\n    return 0" for exercise in ASKED))
-    notebook(folder / "unparsable" / FILE, "def broken(:", *solution())
-    notebook(folder / "empty" / FILE)
-    notebook(folder / "renamed" / "my homework.ipynb", *solution())
-    notebook(folder / "crashing" / FILE, "1 / 0", *solution(), f"del {SECOND.name}")
-    notebook(folder / "hanging" / FILE, *solution(), "while True:\n    pass")
-    notebook(folder / "stubborn" / FILE, "import signal\nsignal.signal(2, signal.SIG_IGN)\nwhile True: pass")
-    notebook(folder / "dying" / FILE, "import os\nos._exit(0)", *solution())
-    notebook(folder / "forging" / FILE, FORGED, *solution(), f"def {FIRST.name}(*arguments):\n    return 7")
-    notebook(folder / "greedy" / FILE, "b = bytearray(2**40)", *solution())
-    notebook(folder / "chatty" / FILE, *solution(), "while True:\n    print('x' * 10**6)")
-    (folder / "garbage").mkdir()
-    (folder / "garbage" / FILE).write_text("this is no notebook")
-    (folder / "absent").mkdir()
+    for name, (_, cells) in honest().items():
+        notebook(folder / name / FILE, *cells)
+    for name, file in SPELLED.items():
+        notebook(folder / name / file, *SOLVED)
+    for name in NAMED:
+        notebook(folder / name / FILE, *SOLVED)
+    for name, content in saved_by_others(SOLVED).items():
+        (folder / name).mkdir()
+        (folder / name / FILE).write_bytes(content)
+    with zipfile.ZipFile(folder / "zipped.zip", "w") as archive:
+        archive.write(folder / "right" / FILE, f"homework/{FILE}")
+    for name, case in HOSTILE.items():
+        notebook(folder / name / FILE, *case.cells(SOLVED))
+    for name, make in HOSTILE_FILES.items():
+        (folder / name).mkdir()
+        make(folder / name / FILE)
     (folder / "a file, not a student.txt").write_text("")
-    for place in ("chapters", "exercises", "solutions"):  # a whole copy of the course
-        (folder / "blank" / place).mkdir(parents=True)
-        (folder / "blank" / place / FILE).write_text(EXERCISES[0].read_text(encoding="utf-8"), encoding="utf-8")
-    options = ["--csv", str(results / "table.csv"), "--junit", str(results / "table.xml"), "--seconds", "20"]
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX" / f"._{FILE}").write_bytes(b"\0\5\26\7")
+    options = ["--csv", str(results / "table.csv"), "--junit", str(results / "table.xml"), "--seconds", "10"]
     command = [sys.executable, "-m", "minids", "grade", str(folder), *options]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout, results
+    narrow = os.environ | {"PYTHONIOENCODING": "cp1252"}  # a redirected terminal on Windows
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, env=narrow, timeout=900)
+    assert finished.returncode == 0, finished.stderr.decode()
+    assert b"Traceback" not in finished.stderr, finished.stderr.decode()
+    return finished.stdout.decode("cp1252"), results
 
 
 @pytest.fixture(scope="module")
 def graded(tables):
-    with (tables[1] / "table.csv").open(encoding="utf-8") as file:
+    with (tables[1] / "table.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [Grade(**row | {"points": int(row["points"]), "out_of": int(row["out_of"])}) for row in rows]
 
 
 def of(graded, student):
     rows = [row for row in graded if row.student == student]
-    assert [row.exercise for row in rows] == [exercise.id for exercise in ASKED]
+    assert [row.exercise for row in rows] == [exercise.id for exercise in ASKED], student
     return rows
 
 
-def points(graded, student):
-    return sum(row.points for row in of(graded, student))
+def test_the_class_is_large_enough():
+    assert len(HOSTILE) + len(HOSTILE_FILES) >= 40
+    assert len(honest()) + len(SPELLED) + len(saved_by_others([])) + 1 + len(NAMED) >= 40
 
 
-def test_right_answers_earn_all_points_with_or_without_check_cells(graded):
-    assert points(graded, "right") == points(graded, "no_check_cells") == POINTS
-    assert all(row.status == "passed" and not row.message for row in of(graded, "right"))
+def test_every_honest_point_is_given_and_every_hostile_one_refused(graded, expected):
+    students = dict.fromkeys(row.student.removeprefix("'") for row in graded)
+    earned = {name: sum(row.points for row in graded if row.student.removeprefix("'") == name) for name in students}
+    assert earned == expected
 
 
-def test_a_wrong_answer_costs_its_points_and_is_told_why(graded):
-    first, *others = of(graded, "wrong")
-    assert (first.status, first.points) == ("failed", 0)
-    assert "got 7" in first.message
-    assert all(row.status == "passed" for row in others)
+def test_points_and_status_are_within_bounds(graded):
+    assert {row.status for row in graded} == {"passed", "failed", "todo", "error"}
+    assert all(0 <= row.points <= row.out_of and (row.status == "passed") == (not row.message) for row in graded)
 
 
-def test_after_a_crash_the_other_cells_still_count(graded):
-    first, second, *others = of(graded, "crashing")
-    assert first.status == "passed" and all(row.status == "passed" for row in others)
-    assert second.status == "error"
-    assert f"does not define {SECOND.name} (cell 1: ZeroDivisionError: division by zero)" in second.message
-
-
-def test_endless_cells_are_stopped_and_the_rest_counts(graded):
-    assert points(graded, "hanging") == POINTS
-    assert points(graded, "chatty") == POINTS
-
-
-def test_a_kernel_that_cannot_go_on_is_one_message_for_each_exercise(graded):
-    assert {row.message for row in of(graded, "stubborn")} == {"took too long, and did not stop when interrupted"}
-    assert {row.message for row in of(graded, "dying")} == {"the kernel died: out of memory, or the notebook ended it"}
-
-
-def test_memory_is_limited(graded):
-    assert points(graded, "greedy") == POINTS  # the allocation failed in its cell, and the rest went on
-
-
-def test_a_check_that_the_notebook_replaced_earns_nothing(graded):
-    first, *others = of(graded, "forging")
-    assert first.points == 0 and all(row.status == "passed" for row in others)
-
-
-def test_what_is_no_notebook_or_not_there_is_named(graded):
-    assert all(row.message.startswith(f"{FILE} is not a notebook") for row in of(graded, "garbage"))
-    assert {row.message for student in ("absent", "renamed") for row in of(graded, student)} == {"not submitted"}
-    assert [row.message for row in of(graded, "empty")] == [f"the notebook does not define {e.name}" for e in ASKED]
-
-
-def test_of_a_whole_copy_of_the_course_the_exercises_count(graded):
-    assert {(row.status, row.message) for row in of(graded, "blank")} == {("todo", "not started yet")}
-
-
-def test_what_is_begun_counts_and_what_is_constant_does_not(graded):
-    assert [row.status for row in of(graded, "half")] == ["passed"] + ["todo"] * (len(ASKED) - 1)
-    assert {row.status for row in of(graded, "constant")} == {"failed"}
-
-
-def test_the_printed_table_the_csv_and_the_xml_say_the_same(tables, graded):
+def test_the_tables_say_the_same_and_are_well_formed(tables, graded, expected):
     printed, results = tables
-    sums = re.findall(rf"^(\S+) +sum +(\d+)/{POINTS}$", printed, re.MULTILINE)
-    assert {student: int(points) for student, points in sums} == EARNED
-    assert {student: points(graded, student) for student in EARNED} == EARNED
-    assert len(graded) == len(EARNED) * len(ASKED) and "a file, not a student" not in printed
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", printed.replace("\r\n", "\n"))
+    sums = dict(re.findall(rf"^(\S.*?) +sum +(\d+)/{POINTS}$", printed, re.MULTILINE))
+    shown = {name.encode("cp1252", "replace").decode("cp1252"): points for name, points in expected.items()}
+    assert {student.strip(): int(points) for student, points in sums.items()} == shown
     suites = ElementTree.parse(results / "table.xml").getroot()
-    assert [suite.get("name") for suite in suites] == sorted(EARNED)
+    assert {suite.get("name") for suite in suites} == set(expected)
     for suite in suites:
-        kinds = [case[0].tag if len(case) else "passed" for case in suite]
-        wanted = {"todo": "failure", "failed": "failure"}
-        assert kinds == [wanted.get(row.status, row.status) for row in of(graded, suite.get("name"))]
-    assert "got 7" in suites.find("testsuite[@name='wrong']").find(".//failure").get("message")
+        assert len(suite) == len(ASKED)
+        passed = sum(len(case) == 0 for case in suite)
+        name = suite.get("name")
+        assert passed == sum(row.status == "passed" for row in graded if row.student.removeprefix("'") == name)
+    with (results / "table.csv").open(encoding="utf-8", newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not any(cell.startswith(("=", "+", "-", "@")) for cell in cells)
 
 
-SPYING = f"""
-import os, socket
-seen = [os.path.exists(place) for place in ({str(SOLUTIONS[0])!r}, {str(ROOT / "README.md")!r}, {__file__!r})]
-try:
-    socket.create_connection(("127.0.0.1", PORT), 2)
-    seen.append(True)
-except OSError:
-    seen.append(False)
-try:
-    open("left.txt", "w").write("x")
-    seen.append(True)
-except OSError:
-    seen.append(False)
-def {FIRST.name}(*arguments):
-    raise RuntimeError(str(seen))
-"""
+def test_messages_say_what_happened(graded):
+    def messages(student):
+        return {row.message for row in of(graded, student)}
 
-
-@pytest.mark.skipif(not grading.isolation_available(), reason="bubblewrap is unavailable here")
-def test_isolated_notebook_sees_its_folder_and_the_package_only(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        notebook(tmp_path / "spy" / FILE, SPYING.replace("PORT", str(server.getsockname()[1])))
-        first = grade(tmp_path)[0]
-    assert "[False, False, False, False, False]" in first.message and not (tmp_path / "spy" / "left.txt").exists()
-
-
-def test_notebooks_are_graded_without_isolation_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(grading, "isolation_available", lambda: False)
-    notebook(tmp_path / "ann" / FILE, *solution())
-    assert sum(row.points for row in grade(tmp_path)) == POINTS
-    notebook(tmp_path / "spy" / FILE, SPYING.replace("PORT", "9"))
-    assert "[True, True, True" in grade(tmp_path)[-len(ASKED)].message  # what isolation prevents
-
-
-def test_two_notebooks_of_one_chapter_are_refused(tmp_path):
-    notebook(tmp_path / "ann" / "first" / FILE, "1")
-    notebook(tmp_path / "ann" / "second" / FILE.replace(".", "-Copy1."), "1")
-    assert {row.message for row in grade(tmp_path)} == {"submitted more than once"}
-
-
-def test_a_hanging_answer_does_not_stop_the_others(tmp_path):
-    notebook(tmp_path / "ann" / FILE, *solution(), f"def {FIRST.name}(*arguments):\n    while True: pass")
-    first, *others = grade(tmp_path, seconds=15)
-    assert (first.status, first.message) == ("error", "took too long")
-    assert all(row.status == "passed" for row in others)
-
-
-@pytest.mark.parametrize(
-    "make, words",
-    [
-        (lambda folder: None, "is not a folder"),
-        (lambda folder: folder.mkdir(), "expected a folder for each student"),
-    ],
-)
-def test_nothing_to_grade_is_said_in_a_line(tmp_path, make, words):
-    make(tmp_path / "class")
-    with pytest.raises(ValueError, match=words):
-        grade(tmp_path / "class")
-    finished = subprocess.run(
-        [sys.executable, "-m", "minids", "grade", str(tmp_path / "class")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert finished.returncode == 2 and words in finished.stderr and finished.stderr.count("\n") == 1
+    assert "got 7" in of(graded, "wrong")[0].message
+    assert "does not define" in of(graded, "crashing")[1].message
+    assert "cell 1: ZeroDivisionError: division by zero" in of(graded, "crashing")[1].message
+    assert messages("empty") == {f"the notebook does not define {e.name}" for e in ASKED}
+    assert messages("stubborn") == {"the notebook's process: took too long"}
+    assert messages("dies") == {"the notebook's process: the process ended without an answer"}
+    assert messages("link to the solutions") == {f"{FILE}: a link"}
+    assert all(message.startswith("not a notebook: ") for message in messages("garbage"))
+    assert messages("nothing") == {"not submitted"}
 
 
 def test_a_table_that_could_not_be_written_is_refused_before_the_work(tmp_path):
-    command = [sys.executable, "-m", "minids", "grade", str(tmp_path), "--csv", str(tmp_path / "no" / "table.csv")]
+    for options, words in (
+        (["--csv", str(tmp_path / "no" / "table.csv")], "there is no folder"),
+        (["--csv", "same", "--junit", "same"], "are the same file"),
+        (["--workers", "0"], "workers=0: must be at least 1"),
+    ):
+        command = [sys.executable, "-m", "minids", "grade", str(tmp_path), *options]
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert finished.returncode == 2 and words in finished.stderr and finished.stderr.count("\n") == 1
+
+
+def test_nothing_to_grade_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "minids", "grade", str(tmp_path / "class")]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 2 and "there is no folder" in finished.stderr
-
-
-def test_the_time_of_a_notebook_must_be_positive(tmp_path):
+    assert finished.returncode == 2 and "is not a folder or a zip file" in finished.stderr
     with pytest.raises(ValueError, match="seconds=0: must be positive"):
-        grade(tmp_path, seconds=0)
+        next(grade(tmp_path, seconds=0))
 
 
-def test_the_chapters_that_can_be_graded_are_those_with_exercises():
-    assert grading.CHAPTERS == {int(path.name[:2]) for path in SOLUTIONS}
+def test_rows_are_written_as_they_are_made(tmp_path):
+    for name in ("a", "b", "c"):
+        notebook(tmp_path / "class" / name / FILE, *SOLVED)
+    notebook(tmp_path / "class" / "z" / FILE, "import time\ntime.sleep(600)")
+    command = [sys.executable, "-m", "minids", "grade", "class", "--csv", "table.csv", "--junit", "table.xml"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+    )
+    try:
+        wanted = 1 + 3 * len(ASKED)
+        for _ in range(600):
+            table = tmp_path / "table.csv"
+            if table.exists() and len(table.read_text().splitlines()) == wanted:
+                break
+            time.sleep(0.2)
+        assert len((tmp_path / "table.csv").read_text().splitlines()) == wanted
+        process.send_signal(2)
+        assert process.wait(60) == 130
+        assert len(ElementTree.parse(tmp_path / "table.xml").getroot()) == 3, "what was made is in both tables"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("a\nb\r\tc", "a b c"),
+        ("\x1b[2K", "\\x1b[2K"),
+        ("\ud800", "\\ud800"),
+        ("é学☺", "é学☺"),
+        ("\u202eabc", "\\u202eabc"),
+    ],
+)
+def test_what_cannot_be_shown_is_escaped(text, shown):
+    assert printable(text) == shown
+
+
+def test_the_names_of_the_chapters_are_those_of_the_notebooks():
+    assert NAMES == {int(path.name[:2]): path.stem for path in SOLUTIONS}
+
+
+def test_a_chapter_of_the_course_with_open_tasks_is_graded_without_them(monkeypatch, tmp_path):
+    from minids.course.checks import OpenTask
+
+    monkeypatch.setattr(grading, "exercises", lambda chapter: [*ASKED, OpenTask("0.9", "essay", ("a reason",))])
+    notebook(tmp_path / "anna" / FILE, "1")
+    assert [row.exercise for row in grade(tmp_path)] == [exercise.id for exercise in ASKED]
+
+
+def test_json_of_the_solution_is_read_as_the_course_writes_it():
+    content = json.loads(SOLUTIONS[0].read_text(encoding="utf-8"))
+    assert nbformat.validator.isvalid(content)
