@@ -31,7 +31,7 @@ class LocalAnswer:
         return observe(self._callable(), arguments, differentiate, watch)
 
     def test(self, implementation: Implementation) -> None:
-        self._callable()(lambda *arguments, **named: implementation(*arguments, **named))
+        self._callable()(implementation)
 
     def _callable(self) -> Implementation:
         if not callable(self.answer):

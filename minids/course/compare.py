@@ -79,7 +79,7 @@ def describe(value: Any) -> str:
     """Describe a value briefly: a short list in full, the shape of a tensor, the parts of a tuple."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}" if value.dim() else f"a tensor of value {value.item():.6g}"
-    if isinstance(value, tuple | list) and any(isinstance(each, Tensor | tuple | list) for each in value):
+    if isinstance(value, tuple | list) and any(isinstance(each, Tensor | tuple | list | float) for each in value):
         inside = ", ".join(map(describe, value))
         if len(inside) > 200:
             return f"{_article(type(value).__name__)} of {len(value)}"
@@ -89,7 +89,7 @@ def describe(value: Any) -> str:
     if callable(value):
         return "a function"
     words = repr(value)
-    return words if len(words) <= 80 else _article(type(value).__name__)
+    return words if len(words) <= 120 else _article(type(value).__name__)
 
 
 def _values(tensor: Tensor) -> str:

@@ -188,6 +188,23 @@ def test_a_test_that_counts_its_calls_earns_nothing_where_that_matters():
     assert checked(ADD, careful, careful=True).points == 2
 
 
+def test_an_error_of_an_implementation_does_not_say_which_one_it_is():
+    def named(add):
+        try:
+            add()
+        except Exception as error:
+            assert "right" in str(error) or "lambda" in str(error) or "add" in str(error)
+
+    assert checked(ADD, named).points == checked(ADD, named, careful=True).points == 0
+
+    def unfinished(a, b):
+        raise NotImplementedError
+
+    bug = Bug("it is not written", unfinished, "call it")
+    report = checked(SpotTheBug("0.6", "test_add", lambda a, b: a + b, (bug,)), careful)
+    assert report.status == "passed", "an error of the bug is no sign that the learner has not started"
+
+
 MEASURE = Experiment("0.4", "measure", "share of heads", low=0.4, high=0.6, seeds=(0, 1, 2), section="section 1")
 
 

@@ -152,6 +152,26 @@ def test_a_test_that_tests_nothing_earns_nothing(exercise):
         assert check(exercise.id, other.reference).points == 0, other.id
 
 
+@pytest.mark.parametrize("exercise", [e for e in ALL if isinstance(e, SpotTheBug)], ids=lambda exercise: exercise.id)
+def test_options_of_the_implementations_are_out_of_a_learners_reach(exercise):
+    """An argument that only one of them takes would tell them apart."""
+    everything = {name for each in implementations(exercise) for name in inspect.signature(each).parameters}
+    public = {p.name for p in inspect.signature(exercise.right).parameters.values() if p.kind != p.KEYWORD_ONLY}
+    for name in [*(everything - public), "no such option"]:
+
+        def asks_for_an_option(implementation, name=name):
+            try:
+                implementation(**{name: None})
+            except Exception as error:
+                assert "implementation" not in str(error)
+
+        assert check(exercise.id, asks_for_an_option).points == 0, name
+
+
+def implementations(exercise):
+    return [exercise.right, *(bug.implementation for bug in exercise.bugs)]
+
+
 def test_every_exercise_module_has_its_notebook():
     import minids.course.exercises as package
 

@@ -1,40 +1,40 @@
 """Exercises of chapter 2: MLA by hand, from its cache entry to a decoding step, and tests that catch its bugs.
 
 Everything is for one sequence and one layer. A rotation is a unit complex number per pair of neighbouring channels.
+Beyond its arguments, the keywords of a reference change one step of it, for the known mistakes and the planted bugs.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Generator, Tensor
 
 from minids.config import YaRN
 from minids.course.checks import Bug, Function, SpotTheBug
-from minids.model.mla import LATENT_NORM_EPS
-from minids.model.rope import rotary_frequencies, rotate, softmax_scale, yarn_ramp_bounds
+from minids.course.exercises.chapter02_mistakes import (
+    ATTEND_MISTAKES,
+    ENTRY_MISTAKES,
+    STEP_MISTAKES,
+    YARN_MISTAKES,
+    across_heads,
+    for_each_head,
+    from_latent,
+    norm,
+    normalised,
+    split_up,
+    turn,
+    turn_halves,
+    wrong_yarn,
+)
+from minids.course.exercises.mistakes import variants
+from minids.course.observation import Observation
+from minids.model.rope import rotary_frequencies, softmax_scale
 
 Entries = Float[Tensor, "tokens entry"]
 Heads = Float[Tensor, "heads value"]
-
-
-def turn(x: Float[Tensor, "tokens rope"], rotation: Complex[Tensor, "tokens pairs"]) -> Float[Tensor, "tokens rope"]:
-    """Rotate each token's neighbouring pairs (2i, 2i+1)."""
-    return rotate(x[None, :, None], rotation[None, :, None])[0, :, 0]
-
-
-def turn_halves(x, rotation):
-    """PITFALLS 4: pair i with i + rope/2."""
-    pairs = torch.complex(*x.chunk(2, -1)) * rotation
-    return torch.cat((pairs.real, pairs.imag), -1)
-
-
-def norm(x: Float[Tensor, "tokens dim"], weight: Float[Tensor, "dim"] | None = None) -> Float[Tensor, "tokens dim"]:
-    return F.rms_norm(x, x.shape[-1:], weight, LATENT_NORM_EPS)
 
 
 def rotations(tokens: int, rope: int, start: int = 0) -> Complex[Tensor, "tokens pairs"]:
@@ -46,126 +46,103 @@ def rotations(tokens: int, rope: int, start: int = 0) -> Complex[Tensor, "tokens
 # 2.1 The cache entry ------------------------------------------------------------------------------------------------
 
 
-def entry_from(parts: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Entries]:
-    """A `cache_entry`, right or wrong: `parts` makes both parts from latent, key, norm weight and rotation."""
+def cache_entry(
+    h: Float[Tensor, "tokens hidden"],
+    w_down: Float[Tensor, "entry hidden"],
+    norm_weight: Float[Tensor, "rank"],
+    rotation: Complex[Tensor, "tokens pairs"],
+    *,
+    normalise: Callable[[Tensor, Tensor], Tensor] = norm,
+    key_of: Callable[[Tensor, Tensor], Tensor] = lambda key, latent: key,
+    rotated: Callable[[Tensor, Tensor], Tensor] = turn,
+    key_first: bool = False,
+) -> Entries:
+    """The normalised latent, then the rotated key."""
+    latent, key = (h @ w_down.T).tensor_split((len(norm_weight),), -1)
+    latent = normalise(latent, norm_weight)
+    parts = latent, rotated(key_of(key, latent), rotation)
+    return torch.cat(parts[::-1] if key_first else parts, -1)
 
-    def entry(
-        h: Float[Tensor, "tokens hidden"],
-        w_down: Float[Tensor, "entry hidden"],
-        norm_weight: Float[Tensor, "rank"],
-        rotation: Complex[Tensor, "tokens pairs"],
-    ) -> Entries:
-        latent, key = (h @ w_down.T).tensor_split((len(norm_weight),), -1)
-        return torch.cat(parts(latent, key, norm_weight, rotation), -1)
 
-    return entry
-
-
-cache_entry = entry_from(lambda c, k, w, r: (norm(c, w), turn(k, r)))  # V3 eq. 1 and 3
-latent_before_norm = entry_from(lambda c, k, w, r: (c, turn(k, r)))
-key_before_rotation = entry_from(lambda c, k, w, r: (norm(c, w), k))
-key_normalised = entry_from(lambda c, k, w, r: (norm(c, w), turn(norm(k), r)))
-key_from_latent = entry_from(lambda c, k, w, r: (norm(c, w), turn(norm(c, w)[:, : k.shape[1]], r)))
-key_per_head = entry_from(lambda c, k, w, r: (norm(c, w), turn(k, r).repeat(1, 4)))
-key_in_halves = entry_from(lambda c, k, w, r: (norm(c, w), turn_halves(k, r)))
+def entry(**changes) -> Callable[..., Entries]:
+    return functools.partial(cache_entry, **changes)
 
 
 def entry_examples(g: Generator) -> list[tuple]:
-    def example(tokens, hidden, rank, rope, start=0):
-        h, w = torch.randn(tokens, hidden, generator=g), torch.randn(rank + rope, hidden, generator=g)
+    def example(tokens, hidden, rank, rope, start=0, size=1.0):
+        h, w = size * torch.randn(tokens, hidden, generator=g), torch.randn(rank + rope, hidden, generator=g)
         return h, w, torch.rand(rank, generator=g) + 0.5, rotations(tokens, rope, start)
 
-    return [example(3, 8, 6, 4), example(1, 5, 4, 2, start=9), example(6, 10, 8, 8)]
+    small = example(2, 4, 8, 6, start=1, size=1e-3)  # eps matters beside it
+    return [example(3, 8, 6, 4), example(1, 5, 4, 2, start=9), example(6, 10, 8, 8), small]
 
 
 # 2.2 Absorbed attention of one query --------------------------------------------------------------------------------
 
 
-def split_up(up: Float[Tensor, "out rank"], heads: int, nope: int) -> tuple[Tensor, Tensor]:
-    """W^UK and W^UV of each head."""
-    return up.unflatten(0, (heads, -1)).tensor_split((nope,), 1)
-
-
-def values_first(up, heads, nope):
-    value, key = up.unflatten(0, (heads, -1)).tensor_split((-nope,), 1)
-    return key, value
-
-
-def across_heads(up, heads, nope):
-    """PITFALLS 7: all heads' keys first, as if the matrix were [W^UK; W^UV]."""
-    key, value = up.tensor_split((heads * nope,))
-    return key.unflatten(0, (heads, -1)), value.unflatten(0, (heads, -1))
-
-
-def one_scale(content, position, nope, rope, rank, t):
-    return t**2 * (content + position) / (nope + rope) ** 0.5
-
-
-def attend_absorbed(query, entries, up, temperature=1.0, *, split=split_up, score=one_scale, over=-1) -> Heads:
+def attend_absorbed(
+    query, entries, up, temperature=1.0, *,
+    split=split_up, width=lambda nope, rope, rank: nope + rope, position=1, power=(2, 2), apart=False, over=-1,
+) -> Heads:  # fmt: skip
     """Attention over the latents themselves (V2 section 2.1.2); `temperature` multiplies queries and keys."""
     heads, rank = len(query), up.shape[1]
     rope = entries.shape[1] - rank
     nope = query.shape[1] - rope
     key_up, value_up = split(up, heads, nope)
     latent, key = entries.tensor_split((rank,), -1)
-    content = torch.einsum("hn,hnr,sr->hs", query[:, :nope], key_up, latent)
-    p = score(content, query[:, nope:] @ key.T, nope, rope, rank, temperature).softmax(over)
-    return torch.einsum("hvr,hs,sr->hv", value_up, p, latent)
+    content = temperature ** power[0] * torch.einsum("hn,hnr,sr->hs", query[:, :nope], key_up, latent)
+    turned = temperature ** power[1] * position * query[:, nope:] @ key.T
+    scores = content / nope**0.5 + turned / rope**0.5 if apart else (content + turned) / width(nope, rope, rank) ** 0.5
+    return torch.einsum("hvr,hs,sr->hv", value_up, scores.softmax(over), latent)
 
 
 def variant(**changes) -> Callable[..., Heads]:
     return functools.partial(attend_absorbed, **changes)
 
 
-no_position = variant(score=lambda c, p, n, r, k, t: t**2 * c / (n + r) ** 0.5)
-two_scales = variant(score=lambda c, p, n, r, k, t: t**2 * (c / n**0.5 + p / r**0.5))
-scale_of_latent = variant(score=lambda c, p, n, r, k, t: t**2 * (c + p) / (k + r) ** 0.5)
-not_squared = variant(score=lambda c, p, n, r, k, t: t * (c + p) / (n + r) ** 0.5)
-content_only = variant(score=lambda c, p, n, r, k, t: (t**2 * c + p) / (n + r) ** 0.5)
-
-
 def attend_examples(g: Generator) -> list[tuple]:
     def example(heads, slots, nope, rope, value, rank, temperature=1.0):
         shapes = (heads, nope + rope), (slots, rank + rope), (heads * (nope + value), rank)
-        return *(torch.randn(*shape, generator=g) for shape in shapes), temperature
+        query, entries, up = (torch.randn(*shape, generator=g) for shape in shapes)
+        return query, entries, up * min(1, 4 / nope), temperature
 
-    return [example(*s) for s in ((2, 5, 4, 2, 4, 6), (3, 7, 5, 4, 2, 8), (4, 1, 3, 2, 6, 5), (2, 9, 8, 4, 8, 4, 1.5))]
+    sizes = (2, 5, 4, 2, 4, 6), (3, 7, 5, 4, 2, 8), (4, 1, 3, 2, 6, 5), (2, 9, 8, 4, 8, 4, 1.5), (2, 200, 40, 4, 32, 8)
+    return [example(*size) for size in sizes]
+
+
+def expanded(arguments: tuple, seen: Observation) -> str | None:
+    """Object to a tensor as large as the keys or values of one head, where no absorbed form has one of that size."""
+    query, entries, up, _ = arguments
+    (heads, query_width), (slots, entry), rank = query.shape, entries.shape, up.shape[1]
+    nope = query_width - (entry - rank)
+    one_head = slots * min(nope, len(up) // heads - nope)
+    if not max(heads * entries.numel(), up.numel()) < one_head <= seen.largest:
+        return None
+    return (
+        f"it makes a tensor of {seen.largest} elements; keys or values of one head for {slots} slots have {one_head}. "
+        "Multiply the query by W^UK, and the mean of the latents by W^UV, so that nothing is expanded per slot"
+    )
 
 
 # 2.3 Which form is cheaper ------------------------------------------------------------------------------------------
 
 
-def most_queries_absorbed(nope: int, rope: int, value: int, rank: int) -> int:
+def most_queries_absorbed(
+    nope: int, rope: int, value: int, rank: int, *, strict: bool = True, values_too: bool = True, sums: bool = True
+) -> int:
     """The largest q with q * (2 * rank + rope) < q * (nope + rope + value) + rank * (nope + value)."""
-    return (rank * (nope + value) - 1) // (2 * rank - nope - value)
+    once = rank * (nope + value * values_too)
+    more = 2 * rank - nope - value if sums else rank - nope
+    return (once - strict) // more
 
 
 # 2.4 YaRN -----------------------------------------------------------------------------------------------------------
 
 
 def yarn(dim: int, theta: float, factor: float, original: int) -> tuple[Float[Tensor, "pairs"], float]:
-    """Frequencies and what the softmax scale is multiplied by, at beta 32 and 1 (YaRN; V3 section 4.3)."""
+    """Frequencies, and the factor on the softmax scale, at beta 32 and 1 (YaRN; V3 section 4.3)."""
     scaling = YaRN(factor=factor, original_max_position_embeddings=original)
     return rotary_frequencies(dim, theta, scaling, torch.device("cpu")), softmax_scale(1, scaling)
-
-
-def yarn_with(ramp: Callable[..., Tensor], power: int = 2) -> Callable[..., tuple[Tensor, float]]:
-    """A wrong `yarn`; `ramp` gets the pairs' numbers, the exact bounds before rounding, and the right ramp."""
-
-    def wrong(dim, theta, factor, original):
-        pair = torch.arange(dim // 2, dtype=torch.float64)
-        exact = [dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta)) for turns in (32, 1)]
-        low, high = yarn_ramp_bounds(dim, theta, YaRN(factor=factor, original_max_position_embeddings=original))
-        stretched = ramp(pair, exact, ((pair - low) / (high - low)).clamp(0, 1))
-        frequency = theta ** (-2 * pair / dim)
-        return frequency * (1 - stretched + stretched / factor), (0.1 * math.log(factor) + 1) ** power
-
-    return wrong
-
-
-def rounded_inwards(pair, exact, ramp):
-    low, high = math.ceil(exact[0]), math.floor(exact[1])
-    return ((pair - low) / (high - low)).clamp(0, 1)
 
 
 # 2.5 A decoding step ------------------------------------------------------------------------------------------------
@@ -181,13 +158,14 @@ class Weights(NamedTuple):
 
 
 def decode_step(
-    h, cache, w, rotation, *, turn_query=turn, make_entry=cache_entry, sees_itself=True, attend=attend_absorbed
+    h, cache, w, rotation, *, turn_query=turn, normalise=norm, rotated=turn, sees_itself=True, apart=False
 ) -> tuple[Heads, Entries]:
     """The outputs of the heads for one new token, and the cache with its entry at the end."""
     nope_query, rope_query = (w.query @ h).tensor_split((-2 * len(rotation),), -1)
     query = torch.cat((nope_query, turn_query(rope_query, rotation.expand(len(w.query), -1))), -1)
-    longer = torch.cat((cache, make_entry(h[None], w.down, w.norm, rotation[None])))
-    return attend(query, longer if sees_itself else cache, w.up), longer
+    entry = cache_entry(h[None], w.down, w.norm, rotation[None], normalise=normalise, rotated=rotated)
+    longer = torch.cat((cache, entry))
+    return attend_absorbed(query, longer if sees_itself else cache, w.up, apart=apart), longer
 
 
 def decode_examples(g: Generator) -> list[tuple]:
@@ -206,56 +184,63 @@ EXERCISES = [
         name="cache_entry",
         reference=cache_entry,
         examples=entry_examples,
-        mistakes={
-            "the latent is stored before its norm": latent_before_norm,
-            "the key is stored before its rotation": key_before_rotation,
-            "the key is normalised too": key_normalised,
-            "the key is taken from the latent instead of from h": key_from_latent,
-            "the rotation pairs the first half with the second, not neighbours": key_in_halves,
-        },
-        hint="one product, h @ w_down.T, holds both: its first len(norm_weight) columns are the latent",
+        mistakes=variants(cache_entry, ENTRY_MISTAKES),
+        hints=(
+            "one product makes both parts; what happens then to the latent, and what to the key?",
+            "h @ w_down.T holds both: its first len(norm_weight) columns are the latent, which gets F.rms_norm with "
+            "eps=1e-6; the others, as complex numbers, are multiplied by `rotation`",
+        ),
+        section="chapter 02, sections 2.5 and 2.6: the decoupled key, the whole layer",
     ),
     Function(
         id="2.2",
         name="attend_absorbed",
         reference=attend_absorbed,
         examples=attend_examples,
-        mistakes={
-            "the rotary part is left out of the score": no_position,
-            "content and position have a scale each": two_scales,
-            "the scale is that of the absorbed query's width": scale_of_latent,
-            "the values' rows of each head are taken for the keys'": variant(split=values_first),
-            "the rows are split into keys and values before they are split into heads": variant(split=across_heads),
-            "the softmax runs over the heads": variant(over=0),
-            "the temperature is not squared": not_squared,
-        },
-        hint="first up.unflatten(0, (heads, -1)); then the first nope rows of each head are W^UK, the others W^UV",
+        mistakes=variants(attend_absorbed, ATTEND_MISTAKES),
+        hints=(
+            "find all widths from the shapes first; then: which matrix can be applied to the query instead of to every "
+            "cached latent, and which one to the result instead?",
+            "up.unflatten(0, (heads, -1)): the first nope rows of each head are W^UK, the others W^UV. Multiply the "
+            "query by W^UK, score the latents, add the rotary scores, scale by temperature**2 / sqrt(nope + rope), "
+            "and apply W^UV to the mean of the latents",
+        ),
+        section="chapter 02, sections 2.2, 2.5 and 5.4: absorption, the decoupled key, the temperature",
         points=2,
+        cost=expanded,
     ),
     Function(
         id="2.3",
         name="most_queries_absorbed",
         reference=most_queries_absorbed,
         examples=lambda g: [(128, 64, 128, 512), (16, 8, 16, 32), (64, 32, 64, 128), (3, 2, 5, 7)],
-        mistakes={
-            "an equal number counts as fewer": lambda n, r, v, k: k * (n + v) // (2 * k - n - v),
-            "only the keys are re-made": lambda n, r, v, k: (k * n - 1) // (2 * k - n - v),
-            "the sum over the values is forgotten": lambda n, r, v, k: (k * (n + v) - 1) // (k - n),
-        },
-        hint="write both counts for q queries; per head and cached token, re-making costs rank * (nope + value), once",
+        mistakes=variants(
+            most_queries_absorbed,
+            {
+                "an equal number counts as fewer": {"strict": False},
+                "only the keys are recomputed": {"values_too": False},
+                "the sum over the values is left out": {"sums": False},
+            },
+        ),
+        hints=(
+            "write both counts for q queries as an inequality; one of its terms does not contain q",
+            "absorbed: q * (2 * rank + rope); expanded: q * (nope + rope + value) + rank * (nope + value). The first "
+            "has to be smaller, not equal",
+        ),
+        section="chapter 02, section 3.1: which form, when",
     ),
     Function(
         id="2.4",
         name="yarn",
         reference=yarn,
         examples=lambda g: [(64, 10000.0, 40.0, 4096), (64, 10000.0, 8.0, 4096), (32, 500.0, 4.0, 1024)],
-        mistakes={
-            "the bounds are rounded inwards": yarn_with(rounded_inwards),
-            "the fast pairs are stretched and the slow ones kept": yarn_with(lambda pair, exact, ramp: 1 - ramp),
-            "all pairs are stretched alike": yarn_with(lambda pair, exact, ramp: torch.ones_like(ramp)),
-            "the temperature is not squared": yarn_with(lambda pair, exact, ramp: ramp, power=1),
-        },
-        hint="work in torch.float64; a pair at the lower bound keeps its frequency, one at the upper has it divided",
+        mistakes=variants(wrong_yarn, YARN_MISTAKES),
+        hints=(
+            "compute the two bounds and print them for dim=64, theta=10000, original=4096: they are 10 and 23",
+            "work in torch.float64; ramp = ((pair - low) / (high - low)).clamp(0, 1) is the share of the divided "
+            "frequency; the temperature 0.1 * ln(factor) + 1 applies to queries and to keys",
+        ),
+        section="chapter 02, section 5.4: YaRN and a temperature",
         points=2,
         outputs=("the frequencies", "the factor on the softmax scale"),
     ),
@@ -264,14 +249,13 @@ EXERCISES = [
         name="decode_step",
         reference=decode_step,
         examples=decode_examples,
-        mistakes={
-            "the new token does not see itself": functools.partial(decode_step, sees_itself=False),
-            "the query is not rotated": functools.partial(decode_step, turn_query=lambda x, rotation: x),
-            "the latent is stored before its norm": functools.partial(decode_step, make_entry=latent_before_norm),
-            "the key is stored before its rotation": functools.partial(decode_step, make_entry=key_before_rotation),
-            "content and position have a scale each": functools.partial(decode_step, attend=two_scales),
-        },
-        hint="entry first, then the longer cache, then 2.2 over all of it",
+        mistakes=variants(decode_step, STEP_MISTAKES),
+        hints=(
+            "three steps: the new entry, the query, the attention; your functions from 2.1 and 2.2 are two of them",
+            "append cache_entry(h[None], w.down, w.norm, rotation[None]) first; rotate the last 2 * len(rotation) "
+            "channels of w.query @ h; then 2.2 over the longer cache",
+        ),
+        section="chapter 02, section 2.6: the whole layer",
         points=3,
         outputs=("the heads' outputs", "the cache"),
     ),
@@ -280,21 +264,35 @@ EXERCISES = [
         name="test_entry",
         right=cache_entry,
         bugs=(
-            Bug("a rotary key for every head", key_per_head, "how wide may an entry be?"),
-            Bug("a rotary key made from the latent", key_from_latent, "change the latent's rows of w_down"),
-            Bug("the rotation pairs the halves", key_in_halves, "turn a vector that has a single 1 in it"),
-            Bug("a norm on the rotary key", key_normalised, "double the key's rows of w_down"),
+            Bug("a rotary key for every head", entry(rotated=for_each_head), "how wide may an entry be?"),
+            Bug("a rotary key made from the latent", entry(key_of=from_latent), "change the latent's rows of w_down"),
+            Bug(
+                "the rotation pairs the halves", entry(rotated=turn_halves), "rotate a vector that has a single 1 in it"
+            ),
+            Bug("a norm on the rotary key", entry(key_of=normalised), "double the key's rows of w_down"),
         ),
+        hints=(
+            "with w_down the identity, h itself is the latent and the key side by side: you control both",
+            "assert the shape; change only the latent; double only the key; give the key a single 1 and compare with "
+            "torch.view_as_real(rotation)",
+        ),
+        section="chapter 02, section 2.5: the decoupled rotary key",
     ),
     SpotTheBug(
         id="2.7",
         name="test_attend",
         right=attend_absorbed,
         bugs=(
-            Bug("content and position scaled apart", two_scales, "compare with keys made for each head"),
-            Bug("the temperature is not squared", not_squared, "use one that is not 1, several entries"),
-            Bug("the temperature reaches the content only", content_only, "give the queries a rotary part"),
+            Bug("content and position scaled apart", variant(apart=True), "compare with keys made for each head"),
+            Bug("the temperature is not squared", variant(power=(1, 1)), "use one that is not 1, several entries"),
+            Bug("the temperature reaches the content only", variant(power=(2, 0)), "give the queries a rotary part"),
             Bug("the matrix is split across heads", variant(split=across_heads), "use two heads or more"),
         ),
+        hints=(
+            "write the plain form: for each head its keys and values, then ordinary attention, and compare",
+            "for each head: key_up, value_up = head.split((nope, value)); keys = cat(latent @ key_up.T, key_rope); the "
+            "scores are temperature**2 * keys @ q / sqrt(nope + rope). Use a temperature that is not 1",
+        ),
+        section="chapter 02, sections 2.2 and 5.4: absorption, the temperature",
     ),
 ]

@@ -1,6 +1,7 @@
-"""Exercises of chapter 4: a prediction module's input and loss, the check of its drafts, and tests for both.
+"""Exercises of chapter 4: a prediction module's input and loss, the verification of its drafts, and tests for both.
 
-Everything is for one sequence. Depths count from 1; a loop over depths is fine, none over positions is needed.
+Everything is for one sequence. Depths count from 1; a loop over depths is fine, none over positions is needed. Beyond
+its arguments, the keywords of a reference change one step of it, for the known mistakes and the planted bugs.
 """
 
 import functools
@@ -14,22 +15,34 @@ from torch import Generator, Tensor
 
 from minids.config import ModelConfig
 from minids.course.checks import Bug, Function, SpotTheBug
+from minids.course.exercises.chapter04_mistakes import (
+    ALIGN_MISTAKES,
+    DRAFT_MISTAKES,
+    JOIN_MISTAKES,
+    LOOP_MISTAKES,
+    LOSS_MISTAKES,
+    by_inverse_ratio,
+    by_ratio,
+    norm,
+)
+from minids.course.exercises.mistakes import variants
+from minids.course.observation import Observation
 from minids.inference.speculative import verify
 from minids.model.transformer import MiniDS
 
-# 4.1 Who is told what -----------------------------------------------------------------------------------------------
+# 4.1 Inputs and labels ----------------------------------------------------------------------------------------------
 
 
-def align(tokens: Int[Tensor, "targets_plus_1"], depth: int) -> tuple[Int[Tensor, "asked"], Int[Tensor, "asked"]]:
-    """At each position: the token that the module of this depth is told, and its label (V3 eq. 21 and 24)."""
-    return tokens[depth:-1], tokens[depth + 1 :]
+def align(
+    tokens: Int[Tensor, "targets_plus_1"], depth: int, *,
+    inputs: Callable[[Tensor, int], Tensor] = lambda t, k: t[k:-1],
+    labels: Callable[[Tensor, int], Tensor] = lambda t, k: t[k + 1 :],
+) -> tuple[Int[Tensor, "positions"], Int[Tensor, "positions"]]:  # fmt: skip
+    """At each position: the input token of the module of this depth, and its label (V3 eq. 21 and 24)."""
+    return inputs(tokens, depth), labels(tokens, depth)
 
 
 # 4.2 Joining --------------------------------------------------------------------------------------------------------
-
-
-def norm(x: Float[Tensor, "positions dim"], gain: Float[Tensor, "dim"]) -> Float[Tensor, "positions dim"]:
-    return F.rms_norm(x, x.shape[-1:], gain, 1e-6)
 
 
 def join(
@@ -38,38 +51,43 @@ def join(
     hidden_gain: Float[Tensor, "dim"],
     embedding_gain: Float[Tensor, "dim"],
     m: Float[Tensor, "dim two_dims"],
+    *,
+    norms: tuple[Callable, Callable] = (norm, norm),
+    hidden_first: bool = True,
+    together: bool = False,
 ) -> Float[Tensor, "positions dim"]:
     """V3 eq. 21, in the paper's order."""
-    return torch.cat((norm(hidden, hidden_gain), norm(embedding, embedding_gain)), -1) @ m.T
+    parts = ((hidden, hidden_gain), (embedding, embedding_gain))[:: 1 if hidden_first else -1]
+    if together:
+        return norm(*(torch.cat(both, -1) for both in zip(*parts, strict=True))) @ m.T
+    order = norms if hidden_first else norms[::-1]
+    return torch.cat([each(*part) for each, part in zip(order, parts, strict=True)], -1) @ m.T
 
 
 def join_examples(g: Generator) -> list[tuple]:
-    def example(positions, dim):
-        hidden, embedding = 5 * torch.randn(positions, dim, generator=g), torch.randn(positions, dim, generator=g)
+    def example(positions, dim, size=1.0):
+        hidden, embedding = (size * c * torch.randn(positions, dim, generator=g) for c in (5, 1))
         gains = 0.5 + torch.rand(2, dim, generator=g)
         return hidden, embedding, *gains, torch.randn(dim, 2 * dim, generator=g)
 
-    return [example(3, 4), example(1, 8), example(7, 5)]
+    return [example(3, 4), example(1, 8), example(7, 5), example(2, 6, 1e-3)]  # in the last one, eps matters
 
 
 # 4.3 The loss -------------------------------------------------------------------------------------------------------
 
 
 def mtp_loss(
-    logits: Sequence[Float[Tensor, "positions vocab"]],
-    tokens: Int[Tensor, "targets_plus_1"],
-    mtp_weight: float,
-    ahead: int = 1,
-    divide_by_asked: bool = False,
-    average: bool = True,
-) -> Tensor:
-    """V3 eq. 24 and 25. `logits[k - 1]` are those of depth k, with as many rows as it is asked at."""
+    logits: Sequence[Float[Tensor, "positions vocab"]], tokens: Int[Tensor, "targets_plus_1"], mtp_weight: float, *,
+    ahead: int = 1, divisor: Callable[[int, int], int] = lambda tokens, labels: tokens - 1, average: bool = True,
+    weighted: bool = True,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """V3 eq. 24 and 25. `logits[k - 1]` are those of depth k, with a row for each position that has a label."""
     total = torch.zeros(())
     for depth, rows in enumerate(logits, start=1):
         labels = tokens[depth + ahead :][: len(rows)]
         summed = F.cross_entropy(rows[: len(labels)], labels, reduction="sum")
-        total = total + summed / (len(rows) if divide_by_asked else len(tokens) - 1)
-    return mtp_weight * total / (len(logits) if average else 1)
+        total = total + summed / divisor(len(tokens), len(rows))
+    return (mtp_weight if weighted else 1.0) * total / (len(logits) if average else 1)
 
 
 def loss_examples(g: Generator) -> list[tuple]:
@@ -81,52 +99,44 @@ def loss_examples(g: Generator) -> list[tuple]:
     return [example(6, 5, 2, 0.3), example(3, 7, 1, 0.1), example(9, 4, 3, 1.0)]
 
 
-# 4.4 The check ------------------------------------------------------------------------------------------------------
+# 4.4 Verifying a draft ----------------------------------------------------------------------------------------------
 
 
-def rightly(p: Tensor, q: Tensor, u: Tensor | float) -> Tensor:
-    """Accept with probability min(1, p / q); u is uniform in [0, 1)."""
-    return u * q < p
-
-
-def upside_down(p, q, u):
-    return u * p < q
-
-
-def check_draft_with(accepts: Callable, rest: Callable = lambda p, q: (p - q).clamp(min=0)) -> Callable:
-    """A `check_draft`, right or wrong: is `draft` accepted, and what is drawn from after a rejection (PITFALLS 20)?"""
-
-    def check_draft(p: Float[Tensor, "vocab"], q: Float[Tensor, "vocab"], draft: int, u: float) -> tuple[bool, Tensor]:
-        left = rest(p, q)
-        return bool(accepts(p[draft], q[draft], u)), left / left.sum()
-
-    return check_draft
-
-
-check_draft = check_draft_with(rightly)
+def check_draft(
+    p: Float[Tensor, "vocab"], q: Float[Tensor, "vocab"], draft: int, u: float, *,
+    accepts: Callable[[Tensor, Tensor, float], Tensor] = by_ratio,
+    rest: Callable[[Tensor, Tensor, int], Tensor] = lambda p, q, draft: (p - q).clamp(min=0), normalised: bool = True,
+) -> tuple[bool, Float[Tensor, "vocab"]]:  # fmt: skip
+    """Is `draft` accepted, and from which distribution is a token drawn after a rejection? (PITFALLS 20)"""
+    left = rest(p, q, draft)
+    return bool(accepts(p[draft], q[draft], u)), left / left.sum() if normalised else left
 
 
 def draft_examples(g: Generator) -> list[tuple]:
     def example(vocab, u, draft):
         p, q = (2 * torch.randn(2, vocab, generator=g)).softmax(-1)
-        order = (p / q).argsort()  # from the drafts that the module likes too much to those that it likes too little
+        order = (p / q).argsort()  # from drafts that q overrates to those that it underrates
         return p, q, int(order[draft]), u
 
-    return [example(4, 0.9, 0), example(6, 0.9, -1), example(5, 0.01, 0), example(3, 0.6, 1), example(8, 0.5, 3)]
+    impossible = torch.tensor([0.0, 0.7, 0.3]), torch.tensor([0.4, 0.3, 0.3]), 0, 0.0  # u is not below 0
+    return [
+        example(4, 0.9, 0),
+        example(6, 0.9, -1),
+        example(5, 0.01, 0),
+        example(3, 0.6, 1),
+        example(8, 0.5, 3),
+        impossible,
+    ]
 
 
 # 4.5 The loop -------------------------------------------------------------------------------------------------------
 
 
 def speculate(
-    best: Callable[[list[int]], list[int]],
-    draft: Callable[[list[int]], list[int]],
-    prompt: list[int],
-    new_tokens: int,
-    bonus: int = 1,
-    cut: bool = True,
-    believe: bool = False,
-) -> tuple[list[int], int]:
+    best: Callable[[list[int]], list[int]], draft: Callable[[list[int]], list[int]], prompt: list[int],
+    new_tokens: int, *,
+    bonus: int = 1, cut: bool = True, verified: bool = True, wrong_kept: bool = False, passes_per_round: int = 1,
+) -> tuple[list[int], int]:  # fmt: skip
     """Greedy: the tokens that follow `prompt`, and how many passes of the model (calls of `best`) they took.
 
     `best` gives the model's best next token at every position, `draft` some tokens that may come next.
@@ -134,22 +144,23 @@ def speculate(
     text, passes = list(prompt), 0
     while len(text) - len(prompt) < new_tokens:
         drafts = draft(text)
-        model_says = best(text + drafts)[len(text) - 1 :]
-        passes += 1
+        wanted = best(text + drafts)[len(text) - 1 :]
         kept = 0
-        while kept < len(drafts) and (believe or drafts[kept] == model_says[kept]):
+        while kept < len(drafts) and (not verified or drafts[kept] == wanted[kept]):
             kept += 1
-        text += drafts[:kept] + model_says[kept : kept + max(bonus, kept < len(drafts))]
+        passes += passes_per_round or kept + 1
+        text += drafts[: kept + wrong_kept] + wanted[kept : kept + max(bonus, kept < len(drafts))]
     return text[len(prompt) :][: new_tokens if cut else None], passes
 
 
 def loop_examples(g: Generator) -> list[tuple]:
-    def example(vocab, depths, right, prompt, new_tokens):
-        """The next token follows from the last two; drafts are right in about `right` of 8 places."""
+    def example(vocab, depths, correct, prompt, new_tokens):
+        """The next token follows from the last two; drafts are correct in about `correct` of 8 places."""
         table = torch.randint(vocab, (vocab, vocab), generator=g).tolist()
-        good = (torch.randint(8, (vocab, vocab), generator=g) < right).tolist()
+        good = (torch.randint(8, (vocab, vocab), generator=g) < correct).tolist()
 
         def best(tokens):
+            best.calls += 1
             return [table[a][b] for a, b in zip([0, *tokens], tokens, strict=False)]
 
         def draft(tokens):
@@ -159,9 +170,17 @@ def loop_examples(g: Generator) -> list[tuple]:
                 text.append(table[a][b] if good[a][b] else (table[a][b] + 1) % vocab)
             return text[-depths:]
 
+        best.calls = 0
         return best, draft, prompt, new_tokens
 
     return [example(5, 1, 5, [1], 9), example(7, 2, 6, [3, 0], 12), example(4, 3, 8, [2], 10), example(6, 1, 0, [5], 4)]
+
+
+def one_call_a_round(arguments: tuple, seen: Observation) -> str | None:
+    """Compare the calls of `best` with the passes reported; the reference has already made as many as it reports."""
+    best, passes = arguments[0], seen.result[1]
+    calls = best.calls - passes
+    return None if calls == passes else f"it reports {passes} passes and calls `best` {calls} times; a call is a pass"
 
 
 # 4.6 and 4.7 Spot the bug -------------------------------------------------------------------------------------------
@@ -175,13 +194,13 @@ def small_model() -> MiniDS:
         return MiniDS(config).double().eval()
 
 
-def predictor(told: Callable = lambda tokens: tokens[:, 1:], masked: bool = True, weight: float = 1.0) -> Callable:
-    """A function from tokens to the logits of depth 1, right or wrong; `told` picks the tokens it is told of."""
+def predictor(received: Callable = lambda t: t[:, 1:], masked: bool = True, weight: float = 1.0) -> Callable:
+    """A function from tokens to the logits of depth 1, correct or not; `received` picks the module's input tokens."""
 
     @torch.no_grad()
     def predict(tokens: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens_less_1 vocab"]:
         model, module = small_model(), small_model().mtp[0]
-        hidden, following = model.trunk(tokens[None])[0][:, :-1], told(tokens[None])
+        hidden, following = model.trunk(tokens[None])[0][:, :-1], received(tokens[None])
         context = model.attention_context(following)
         if not masked:
             context = replace(context, mask=hidden.new_zeros(1, 1, hidden.shape[1], hidden.shape[1]))
@@ -192,7 +211,7 @@ def predictor(told: Callable = lambda tokens: tokens[:, 1:], masked: bool = True
 
 
 def verify_with(keeps: Callable, in_order: bool = True) -> Callable:
-    """A `verify` that keeps drafts by another rule, and draws what follows them straight from the model's chances."""
+    """A `verify` that accepts drafts by another rule, and draws the token after them from the model's distribution."""
 
     def verify(drafts, draft_chances, chances, generator=None):
         p, q = (c[:, : drafts.shape[1]].gather(-1, drafts[..., None])[..., 0] for c in (chances, draft_chances))
@@ -212,52 +231,53 @@ EXERCISES = [
         examples=lambda g: [
             (torch.randint(100, (n,), generator=g), depth) for n, depth in ((8, 1), (6, 2), (12, 3), (4, 2), (5, 0))
         ],
-        mistakes={
-            "the module is told its own label": lambda t, k: (t[k + 1 :], t[k + 1 :]),
-            "the label is the main model's": lambda t, k: (t[k:-1], t[1 : len(t) - k]),
-            "every depth is aligned like depth 1": lambda t, k: (t[1:-1], t[2:]),
-            "the text wraps around at its end": lambda t, k: (t.roll(-k)[:-1], t.roll(-k - 1)[:-1]),
-        },
-        hint="write the tokens of a short text in a row, and below each position i the tokens i + k and i + k + 1",
-        outputs=("the tokens told", "the labels"),
+        mistakes=variants(align, ALIGN_MISTAKES),
+        hints=(
+            "write the tokens of a short text in a row, and below each position i the tokens i + k and i + k + 1",
+            "both results are slices: the labels begin at token k + 1, the inputs begin and end one token earlier",
+        ),
+        section="chapter 04, section 2.2: inputs and labels",
+        outputs=("the input tokens", "the labels"),
     ),
     Function(
         id="4.2",
         name="join",
         reference=join,
         examples=join_examples,
-        mistakes={
-            "the embedding comes first": lambda h, e, hg, eg, m: join(e, h, eg, hg, m),
-            "the embedding is not normalised": lambda h, e, hg, eg, m: torch.cat((norm(h, hg), e * eg), -1) @ m.T,
-            "the hidden state is not normalised": lambda h, e, hg, eg, m: torch.cat((h * hg, norm(e, eg)), -1) @ m.T,
-        },
-        hint="each vector is divided by its own root mean square (eps=1e-6), then the two are concatenated",
+        mistakes=variants(join, JOIN_MISTAKES),
+        hints=(
+            "three steps: two norms, one concatenation, one product; which of the two vectors comes first in eq. 21?",
+            "each vector is divided by its own root mean square (eps=1e-6) and scaled by its own gain; then torch.cat "
+            "with the hidden state first, and @ m.T",
+        ),
+        section="chapter 04, section 2.3: joining the two",
     ),
     Function(
         id="4.3",
         name="mtp_loss",
         reference=mtp_loss,
         examples=loss_examples,
-        mistakes={
-            "each depth is divided by its own number of labels": functools.partial(mtp_loss, divide_by_asked=True),
-            "the depths are added up and not averaged": functools.partial(mtp_loss, average=False),
-            "the labels are one place too early": functools.partial(mtp_loss, ahead=0),
-        },
-        hint="depth k has T - k labels, but its sum is divided by T",
+        mistakes=variants(mtp_loss, LOSS_MISTAKES),
+        hints=(
+            "find the labels of depth k first (exercise 4.1); then: what is each depth divided by, and what their sum?",
+            "F.cross_entropy(rows, tokens[k + 1 :], reduction='sum') / T for depth k, although it has T - k labels; "
+            "then the mean over depths, times mtp_weight",
+        ),
+        section="chapter 04, section 3.1: what is trained",
         points=2,
+        gradients=("logits",),
     ),
     Function(
         id="4.4",
         name="check_draft",
         reference=check_draft,
         examples=draft_examples,
-        mistakes={
-            "the ratio is upside down": check_draft_with(upside_down),
-            "a rejection is drawn from p itself": check_draft_with(rightly, rest=lambda p, q: p),
-            "a rejection is drawn from |p - q|": check_draft_with(rightly, rest=lambda p, q: (p - q).abs()),
-            "the module's chance is not asked for": check_draft_with(lambda p, q, u: u < p),
-        },
-        hint="accept with probability min(1, p/q); what q has not covered is max(p - q, 0), and has to sum to 1",
+        mistakes=variants(check_draft, DRAFT_MISTAKES),
+        hints=(
+            "the two results do not depend on each other; for the second, ask how much of p the accepted drafts cover",
+            "accept with probability min(1, p/q); what q has not covered is max(p - q, 0), divided by its sum",
+        ),
+        section="chapter 04, section 5.1: keeping exactly the model's distribution",
         points=2,
         outputs=("the verdict", "the distribution after a rejection"),
     ),
@@ -266,35 +286,61 @@ EXERCISES = [
         name="speculate",
         reference=speculate,
         examples=loop_examples,
-        mistakes={
-            "the drafts are believed": functools.partial(speculate, believe=True),
-            "the token after the last draft is not used": functools.partial(speculate, bonus=0),
-            "the last round runs over the limit": functools.partial(speculate, cut=False),
-        },
-        hint="best(text + drafts)[len(text) - 1] is what the model wants in place of the first draft",
+        mistakes=variants(speculate, LOOP_MISTAKES),
+        hints=(
+            "write one round on paper, with three drafts of which the second is incorrect: which tokens does it add?",
+            "wanted = best(text + drafts)[len(text) - 1 :] has the model's token in place of each draft, and one more. "
+            "Add the drafts that agree up to the first difference, then the model's token there",
+        ),
+        section="chapter 04, section 5.2: a round, in full",
         points=3,
         outputs=("the new tokens", "the number of passes"),
+        cost=one_call_a_round,
     ),
     SpotTheBug(
         id="4.6",
         name="test_prediction",
         right=predictor(),
         bugs=(
-            Bug("a layer without a causal mask (bug h)", predictor(masked=False), "change the last token"),
-            Bug("no embedding of the next token (bug i)", predictor(weight=0.0), "what has to move?"),
-            Bug("told its own label (pitfall 18)", predictor(lambda t: t.roll(-2)[:, :-1]), "what may row 0 not know?"),
-            Bug("told the token it stands on (pitfall 18)", predictor(lambda t: t[:, :-1]), "what has to move?"),
+            Bug(
+                "a layer without a causal mask", predictor(masked=False), "change the last token: which rows may move?"
+            ),
+            Bug("no embedding of the next token", predictor(weight=0.0), "row i must depend on token i + 1"),
+            Bug("the module receives its own label", predictor(lambda t: t.roll(-2)[:, :-1]), "row 0 has label 2"),
+            Bug(
+                "the module receives the token of its own position", predictor(lambda t: t[:, :-1]), "what moves row 0?"
+            ),
         ),
+        hints=(
+            "change one token and compare the logits with those before: which rows must move, and which must not?",
+            "for every j: change token j; the rows before j - 1 stay the same, row j - 1 and all after it change",
+        ),
+        section="chapter 04, sections 3.2 and 4.4: the mask, two published bugs",
     ),
     SpotTheBug(
         id="4.7",
         name="test_verification",
         right=verify,
         bugs=(
-            Bug("confidence, no check (pitfall 20)", verify_with(lambda p, q, u: q > 0.5), "be sure of a wrong draft"),
-            Bug("a rejection drawn from p itself", verify_with(rightly), "count the first token of many rounds"),
-            Bug("drafts kept after a rejected one", verify_with(rightly, in_order=False), "two drafts, one wrong"),
-            Bug("the ratio upside down", verify_with(upside_down), "count the first token of many rounds"),
+            Bug(
+                "accepted by confidence, without verification",
+                verify_with(lambda p, q, u: q > 0.5),
+                "let a draft have q = 1 and p = 0",
+            ),
+            Bug("a rejection drawn from p itself", verify_with(by_ratio), "count the first token of many rounds"),
+            Bug(
+                "drafts kept after a rejected one",
+                verify_with(by_ratio, in_order=False),
+                "two drafts, the first incorrect",
+            ),
+            Bug("the ratio inverted", verify_with(by_inverse_ratio), "count the first token where p and q differ"),
         ),
+        hints=(
+            "two kinds of input: probabilities of 0 and 1, where you know the result; and many rounds, where you know "
+            "how often each token has to come first",
+            "drafts [2, 1] with q one-hot, p one-hot at 3, 1, 0: count is 1 and the token is 3; then 20,000 drafts "
+            "drawn from q, and torch.bincount of the first settled token against p",
+        ),
+        section="chapter 04, section 5.1: keeping exactly the model's distribution",
     ),
 ]

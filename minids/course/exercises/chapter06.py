@@ -1,102 +1,114 @@
-"""Exercises of chapter 06: numbers of eight bits, tiles with scales, promoted sums, and the weight gradient.
+"""Exercises of chapter 06: values of eight bits, tiles with scales, promoted sums, and the weight gradient.
 
-Rounding is by torch's own cast. A scale is what a stored number is multiplied by.
+Rounding is by torch's own cast. A scale is what a stored value is multiplied by.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from minids.course.checks import Bug, Function, SpotTheBug
+from minids.course.observation import Observation
 from minids.fp8.formats import dequantize, quantize
 
-
-def decode(code: int) -> float:
-    """The number that an E4M3 code, 0 to 255, stands for."""
-    return torch.tensor(code, dtype=torch.uint8).view(torch.float8_e4m3fn).item()
+# 6.1 -----------------------------------------------------------------------------------------------------------------
 
 
-def parts(code):
-    return (-1) ** (code >> 7), code >> 3 & 15, code & 7
+def decode(codes: list[int]) -> Float[Tensor, "codes"]:
+    """The values that E4M3 codes, 0 to 255, stand for."""
+    return torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
-def decode_with_bias_8(code):
-    sign, e, m = parts(code)
-    if (e, m) == (15, 7):
-        return math.nan
-    return sign * (2.0 ** (e - 8) * (1 + m / 8) if e else 2.0**-7 * m / 8)
+def decode_by_arithmetic(codes, *, bias=7, lowest=-6, subnormals=True, signed=True, nan=True, infinities=False):
+    def value(code: int) -> float:
+        sign, e, m = (-1) ** (code >> 7) if signed else 1, code >> 3 & 15, code & 7
+        if infinities and e == 15:
+            return math.nan if m else sign * math.inf
+        if nan and (e, m) == (15, 7):
+            return math.nan
+        return sign * (2.0 ** (e - bias) * (1 + m / 8) if e or not subnormals else 2.0**lowest * m / 8)
+
+    return torch.tensor([value(code) for code in codes])
 
 
-def decode_without_subnormals(code):
-    sign, e, m = parts(code)
-    return math.nan if (e, m) == (15, 7) else sign * 2.0 ** (e - 7) * (1 + m / 8)
-
-
-def decode_with_infinities(code):
-    sign, e, m = parts(code)
-    if e == 15:
-        return math.nan if m else sign * math.inf
-    return decode(code)
-
-
-def decode_nan_as_480(code):
-    sign, e, m = parts(code)
-    return sign * 480.0 if (e, m) == (15, 7) else decode(code)
-
-
-def decode_table(decode_one):
-    """`decode_one` for a list of codes, as a tensor, in which NaN can be compared."""
-    return lambda codes: torch.tensor([float(decode_one(code)) for code in codes])
+def by_arithmetic_only(arguments: tuple, seen: Observation) -> str | None:
+    if {"view", "frombuffer"} & set(seen.functions):
+        return "PyTorch's float8 type decoded the bits; compute the values from e and m"
+    return None
 
 
 def code_examples(_generator: torch.Generator) -> list[tuple]:
     return [([0x38, 0x39, 0xC0],), ([0, 1, 7, 8, 129],), ([126, 254, 120],), ([127, 255],), (list(range(256)),)]
 
 
+# 6.2 -----------------------------------------------------------------------------------------------------------------
+
+
 def quantize_tiles(x: Float[Tensor, "rows cols"], width: int):
-    """V3's activations: tiles of one row and `width` columns; (numbers as float32, scales [rows, tiles])."""
+    """V3's activations: tiles of one row and `width` columns; (values as float32, scales [rows, tiles])."""
     q, scale = quantize(x, (1, width))
     return q.float(), scale
 
 
-def quantize_tiles_as_integers(x, width):
-    scale = quantize(x, (1, width))[1]
-    return (x / _spread(scale, x, width)).round().clamp(-448, 448), scale
+def to_e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
-def quantize_tiles_by_inverse(x, width):
-    q, scale = quantize_tiles(x, width)
+def to_integers(x: Tensor) -> Tensor:
+    return x.round().clamp(-448, 448)
+
+
+def floor_of_maximum(maximum: Tensor) -> Tensor:
+    return maximum.clamp_min(1e-4) / 448
+
+
+def tiles_by_hand(
+    x: Tensor,
+    width: int,
+    magnitude: Callable[[Tensor], Tensor] = torch.abs,
+    scale_of: Callable[[Tensor], Tensor] = floor_of_maximum,
+    cast: Callable[[Tensor], Tensor] = to_e4m3,
+    per_row: bool = False,
+) -> tuple[Tensor, Tensor]:
+    parts = [x] * math.ceil(x.shape[1] / width) if per_row else x.split(width, 1)
+    scale = scale_of(torch.stack([magnitude(part).amax(1) for part in parts], 1))
+    return cast(x / spread(scale, x, width)), scale
+
+
+def spread(scale: Tensor, x: Tensor, width: int) -> Tensor:
+    return scale.repeat_interleave(width, 1)[:, : x.shape[1]]
+
+
+def tiles_by_inverse(x, width, **options):
+    q, scale = tiles_by_hand(x, width, **options)
     return q, 1 / scale
 
 
-def quantize_tiles_per_row(x, width):
-    q, scale = quantize(x, (1, None))
-    return q.float(), scale.expand(-1, math.ceil(x.shape[1] / width))
+def tiles_dequantised(x, width):
+    q, scale = quantize_tiles(x, width)
+    return q * spread(scale, x, width), scale
 
 
-def quantize_tiles_by_signed_maximum(x, width):
-    scale = torch.stack([t.amax(1) for t in x.split(width, 1)], 1).clamp_min(1e-4) / 448
-    scaled = (x / _spread(scale, x, width)).clamp(-448, 448)
-    return scaled.to(torch.float8_e4m3fn).float(), scale
-
-
-def quantize_tiles_without_floor(x, width):
-    scale = torch.stack([t.abs().amax(1) for t in x.split(width, 1)], 1) / 448
-    return (x / _spread(scale, x, width)).to(torch.float8_e4m3fn).float(), scale
-
-
-def _spread(scale, x, width):
-    return scale.repeat_interleave(width, 1)[:, : x.shape[1]]
+def without_package(arguments: tuple, seen: Observation) -> str | None:
+    if "nan_to_num_" in seen.functions:  # which the package's function calls, and nobody else
+        return "the package's `quantize` made it; cut, scale and cast the tiles with PyTorch alone"
+    return None
 
 
 def tile_examples(generator: torch.Generator) -> list[tuple]:
     def one(rows, cols, width):
         return torch.randn(rows, cols, generator=generator) * torch.logspace(-3, 3, rows)[:, None], width
 
-    lone = torch.tensor([[0.1, -0.2, 0.3, -50.0, 0.0, 0.0, 0.0, 0.0]])
-    return [one(2, 8, 4), (lone, 4), one(3, 10, 4), one(5, 256, 128), one(1, 3, 128), one(4, 130, 128)]
+    by_hand = torch.tensor([[0.1, -0.2, 0.3, -50.0, 0.0, 0.0, 0.0, 0.0]])
+    small = torch.tensor([[3e-5, -1e-5, 0.0, 2e-5, 1.0, 2.0, 3.0, 4.0]])
+    return [(by_hand, 4), (small, 4), one(2, 8, 4), one(3, 10, 4), one(5, 256, 128), one(1, 3, 128), one(4, 130, 128)]
+
+
+# 6.3 -----------------------------------------------------------------------------------------------------------------
 
 
 def truncate(x: float, bits: int) -> float:
@@ -110,40 +122,37 @@ def round_to(x: float, bits: int) -> float:
     return math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)
 
 
-def promoted_sum(products: list[float], scales: list[float], bits: int, cut=truncate) -> float:
-    """A register of `bits` bits, multiplied by the tile's scale and promoted once per tile, of equal sizes."""
-    size, total = len(products) // len(scales), 0.0
+def keep_all_bits(x: float, bits: int) -> float:
+    return x
+
+
+def promoted_sum(products: list[float], scales: list[float], bits: int) -> float:
+    """An accumulator of `bits` bits, multiplied by the tile's scale and promoted once per tile of equal length."""
+    return promoted(products, scales, bits)
+
+
+def promoted(products, scales, bits, *, cut=truncate, cut_product=False, clear=True) -> float:
+    size, total, accumulator = len(products) // len(scales), 0.0, 0.0
     for i, scale in enumerate(scales):
-        register = 0.0
+        accumulator = 0.0 if clear else accumulator
         for product in products[i * size : (i + 1) * size]:
-            register = cut(register + product, bits)
-        total += register * scale
+            accumulator = accumulator + cut(product, bits) if cut_product else cut(accumulator + product, bits)
+        total += accumulator * scale
     return total
 
 
-def promoted_sum_rounded(products, scales, bits):
-    return promoted_sum(products, scales, bits, cut=round_to)
-
-
-def promoted_sum_exactly(products, scales, bits):
-    return promoted_sum(products, scales, 53)
-
-
-def promoted_sum_not_cleared(products, scales, bits):
-    size, total, register = len(products) // len(scales), 0.0, 0.0
-    for i, scale in enumerate(scales):
-        for product in products[i * size : (i + 1) * size]:
-            register = truncate(register + product, bits)
-        total += register * scale
-    return total
-
-
-def promoted_sum_in_the_register(products, scales, bits):
+def promoted_never(products, scales, bits):
     size = len(products) // len(scales)
-    register = 0.0
+    accumulator = 0.0
     for k, product in enumerate(products):
-        register = truncate(register + product * scales[k // size], bits)
-    return register
+        accumulator = truncate(accumulator + product * scales[k // size], bits)
+    return accumulator
+
+
+def promoted_cut_once_per_tile(products, scales, bits):
+    size = len(products) // len(scales)
+    sums = [sum(products[i * size : (i + 1) * size]) for i in range(len(scales))]
+    return sum(truncate(one, bits) * scale for one, scale in zip(sums, scales, strict=True))
 
 
 def sum_examples(generator: torch.Generator) -> list[tuple]:
@@ -151,31 +160,44 @@ def sum_examples(generator: torch.Generator) -> list[tuple]:
         products = torch.randint(-8, 24, (k,), generator=generator).double().tolist()
         return products, (0.5 + torch.rand(tiles, generator=generator).double()).tolist(), bits
 
-    return [([1.0] * 24, [1.0, 2.0, 0.5], 3), one(16, 2, 4), one(64, 4, 5), one(7, 1, 3), one(6, 6, 4), one(256, 2, 8)]
+    falling = [-1.0, -2.0, -5.0, -7.0, -9.0, -11.0], [1.0, 3.0], 3  # negative sums: cut towards zero, not down
+    mixed = one(16, 2, 4), one(64, 4, 5), one(7, 1, 3), one(6, 6, 4), one(256, 2, 8)
+    return [([1.0] * 24, [1.0, 2.0, 0.5], 3), falling, *mixed]
+
+
+# 6.4 -----------------------------------------------------------------------------------------------------------------
 
 
 def weight_gradient(x: Float[Tensor, "tokens in"], grad: Float[Tensor, "tokens out"], height: int):
     """grad^T x with both rounded to E4M3 in tiles of `height` tokens by one channel: [out, in]."""
-    return _rounded(grad, (height, 1)).T @ _rounded(x, (height, 1))
+    return rounded(grad, (height, 1)).T @ rounded(x, (height, 1))
 
 
 def weight_gradient_along_channels(x, grad, height):
-    return _rounded(grad, (1, height)).T @ _rounded(x, (1, height))
+    return rounded(grad, (1, height)).T @ rounded(x, (1, height))
 
 
 def weight_gradient_of_input_only(x, grad, height):
-    return grad.T @ _rounded(x, (height, 1))
+    return grad.T @ rounded(x, (height, 1))
 
 
-def weight_gradient_transposed(x, grad, height):
-    return weight_gradient(x, grad, height).T
+def weight_gradient_of_gradient_only(x, grad, height):
+    return rounded(grad, (height, 1)).T @ x
+
+
+def weight_gradient_unrounded(x, grad, height):
+    return grad.T @ x
 
 
 def weight_gradient_in_blocks(x, grad, height):
-    return _rounded(grad, (height, height)).T @ _rounded(x, (height, height))
+    return rounded(grad, (height, height)).T @ rounded(x, (height, height))
 
 
-def _rounded(x, tile):
+def transposed(function):
+    return lambda x, grad, height: function(x, grad, height).T
+
+
+def rounded(x, tile):
     return dequantize(*quantize(x, tile), tile)
 
 
@@ -185,7 +207,10 @@ def gradient_examples(generator: torch.Generator) -> list[tuple]:
         x, grad = (torch.randn(tokens, n, generator=generator) for n in (inputs, outputs))
         return x * size, grad * size.flip(0), height
 
-    return [one(8, 6, 4, 4), one(10, 3, 5, 4), one(256, 12, 7, 128), one(130, 4, 9, 128)]
+    return [one(4, 3, 2, 2), one(8, 6, 4, 4), one(10, 3, 5, 4), one(256, 12, 7, 128), one(130, 4, 9, 128)]
+
+
+# 6.5 -----------------------------------------------------------------------------------------------------------------
 
 
 def round_trip(x: Float[Tensor, "rows cols"], width: int) -> Float[Tensor, "rows cols"]:
@@ -194,82 +219,127 @@ def round_trip(x: Float[Tensor, "rows cols"], width: int) -> Float[Tensor, "rows
 
 
 def round_trip_of_integers(x, width):
-    q, scale = quantize_tiles_as_integers(x, width)
-    return q * _spread(scale, x, width)
+    q, scale = tiles_by_hand(x, width, cast=to_integers)
+    return q * spread(scale, x, width)
 
 
 def round_trip_inverted(x, width):
     q, scale = quantize_tiles(x, width)
-    return q / _spread(scale, x, width)
+    return q / spread(scale, x, width)
 
 
 def round_trip_per_tensor(x, width):
-    return _rounded(x, (None, None))
+    return rounded(x, (None, None))
 
 
 def round_trip_along_rows(x, width):
-    return _rounded(x, (width, 1))
+    return rounded(x, (width, 1))
 
 
 def round_trip_without_floor(x, width):
-    q, scale = quantize_tiles_without_floor(x, width)
-    return q * _spread(scale, x, width)
+    q, scale = tiles_by_hand(x, width, scale_of=lambda maximum: maximum / 448)
+    return q * spread(scale, x, width)
 
 
 EXERCISES = [
     Function(
-        "6.1", "decode", decode_table(decode), code_examples,
+        "6.1", "decode", decode, code_examples, cost=by_arithmetic_only,
         mistakes={
-            "the exponent's offset is 8 instead of 7": decode_table(decode_with_bias_8),
-            "codes with e = 0 have a leading one too": decode_table(decode_without_subnormals),
-            "e = 15 stands for infinity and NaN, as in the larger formats": decode_table(decode_with_infinities),
-            "the code with all bits of e and m set is taken for a number": decode_table(decode_nan_as_480),
+            "the exponent's bias is 8 instead of 7": partial(decode_by_arithmetic, bias=8, lowest=-7),
+            "codes with e = 0 have a leading one too": partial(decode_by_arithmetic, subnormals=False),
+            "codes with e = 0 are multiples of 2^-7 / 8 instead of 2^-6 / 8": partial(decode_by_arithmetic, lowest=-7),
+            "e = 15 stands for infinity and NaN, as in the larger formats":
+                partial(decode_by_arithmetic, infinities=True),
+            "the code with all bits of e and m set is taken for a finite value":
+                partial(decode_by_arithmetic, nan=False),
+            "the sign bit is ignored": partial(decode_by_arithmetic, signed=False),
+            "codes with e = 0 have a leading one too, and the code with all bits of e and m set is a finite value":
+                partial(decode_by_arithmetic, subnormals=False, nan=False),
         },
-        hint="code >> 7 is the sign, code >> 3 & 15 is e, code & 7 is m; two cases for e, and one code that is NaN",
+        hints=(
+            "split a code into its three bit fields first; then ask which values of e and m are special",
+            "sign: code >> 7, e: code >> 3 & 15, m: code & 7; e = 0 has no leading one, e = 15 with m = 7 is NaN",
+        ),
+        section="chapter 06, section 2.1: the values of E4M3",
     ),
     Function(
-        "6.2", "quantize_tiles", quantize_tiles, tile_examples,
+        "6.2", "quantize_tiles", quantize_tiles, tile_examples, cost=without_package,
         mistakes={
-            "x / scale is rounded to whole numbers": quantize_tiles_as_integers,
-            "the scale is what x is multiplied by, instead of what q is": quantize_tiles_by_inverse,
-            "a row has one scale, not one per tile": quantize_tiles_per_row,
-            "the scale is made from the largest number without taking sizes first": quantize_tiles_by_signed_maximum,
-            "a tile of zeros is divided by 0": quantize_tiles_without_floor,
+            "x / scale is rounded to integers": partial(tiles_by_hand, cast=to_integers),
+            "the scale is what x is multiplied by, instead of what q is": tiles_by_inverse,
+            "a row has one scale, not one per tile": partial(tiles_by_hand, per_row=True),
+            "the scale is made from the largest value instead of the largest magnitude":
+                partial(tiles_by_hand, magnitude=lambda x: x, scale_of=floor_of_maximum),
+            "the floor of 1e-4 is missing, so a tile of zeros is divided by 0":
+                partial(tiles_by_hand, scale_of=lambda maximum: maximum / 448),
+            "the floor of 1e-4 holds for tiles of zeros only":
+                partial(tiles_by_hand, scale_of=lambda maximum: torch.where(maximum == 0, 1e-4, maximum) / 448),
+            "the floor of 1e-4 holds for the scale instead of the largest magnitude":
+                partial(tiles_by_hand, scale_of=lambda maximum: (maximum / 448).clamp_min(1e-4)),
+            "q is multiplied by the scales again, which is dequantisation": tiles_dequantised,
+            "a row has one scale, and it is what x is multiplied by": partial(tiles_by_inverse, per_row=True),
+            "x / scale is rounded to integers, and the scale is what x is multiplied by":
+                partial(tiles_by_inverse, cast=to_integers),
         },
-        hint="x.split(width, 1) gives the tiles, the last of which may be narrower; one scale per row of each",
+        hints=(
+            "work on one tile at a time: its largest magnitude, the floor, the scale, the division, the cast",
+            "for tile in x.split(width, 1), the last may be narrower: tile.abs().amax(1, keepdim=True).clamp_min(1e-4)",
+        ),
+        section="chapter 06, sections 2.3 and 2.4: a scale, and tiles",
         points=2, outputs=("q", "the scales"),
     ),
     Function(
         "6.3", "promoted_sum", promoted_sum, sum_examples,
         mistakes={
-            "the register rounds to nearest instead of cutting off": promoted_sum_rounded,
-            "the register keeps all bits": promoted_sum_exactly,
-            "the register is not cleared after a promotion": promoted_sum_not_cleared,
-            "the scales are multiplied into the products, and all is added up in the register":
-                promoted_sum_in_the_register,
+            "the accumulator rounds to nearest instead of cutting off": partial(promoted, cut=round_to),
+            "the accumulator keeps all bits": partial(promoted, cut=keep_all_bits),
+            "the accumulator is not cleared after a promotion": partial(promoted, clear=False),
+            "the products are cut off before the addition, the sum is not": partial(promoted, cut_product=True),
+            "only the last sum of each tile is cut off, not every addition": promoted_cut_once_per_tile,
+            "the products are multiplied by the scales first, and the accumulator is never promoted": promoted_never,
+            "the accumulator keeps all bits and is not cleared": partial(promoted, cut=keep_all_bits, clear=False),
+            "the accumulator rounds to nearest and is not cleared": partial(promoted, cut=round_to, clear=False),
         },
-        hint="two loops: over tiles with their scales, and over the products of a tile; truncate after each addition",
+        hints=(
+            "there are two sums, one within a tile and one over tiles; which of them is cut off, and when?",
+            "loop over tiles and, inside, over a tile's products: accumulator = truncate(accumulator + product, bits)",
+        ),
+        section="chapter 06, section 2.6: accumulation precision",
         points=2,
     ),
     Function(
         "6.4", "weight_gradient", weight_gradient, gradient_examples,
         mistakes={
-            "the tiles lie along channels, as in the forward pass": weight_gradient_along_channels,
+            "the tiles run along channels, as in the forward pass": weight_gradient_along_channels,
             "only the input is rounded": weight_gradient_of_input_only,
-            "it is the gradient of the weight's transpose": weight_gradient_transposed,
+            "only the gradient is rounded": weight_gradient_of_gradient_only,
+            "nothing is rounded": weight_gradient_unrounded,
+            "it is the gradient of the weight's transpose": transposed(weight_gradient),
             "square blocks share a scale": weight_gradient_in_blocks,
+            "the tiles run along channels, and the result is transposed": transposed(weight_gradient_along_channels),
+            "only the input is rounded, and the result is transposed": transposed(weight_gradient_of_input_only),
         },
-        hint="the product sums over tokens; quantize(x, (height, 1)) cuts tiles of `height` tokens and one channel",
+        hints=(
+            "which dimension do the two operands have in common? Tiles run along that one",
+            "the contraction dimension is tokens: quantize(t, (height, 1)) for both, dequantize, then grad.T @ x",
+        ),
+        section="chapter 06, section 2.5: tiles run along the contraction dimension",
         points=2,
     ),
     SpotTheBug(
         "6.5", "test_round_trip", round_trip,
         (
-            Bug("numbers are rounded to integers", round_trip_of_integers, "give it a number between two of the grid"),
+            Bug("x / scale is rounded to integers", round_trip_of_integers, "try small values beside a large one"),
             Bug("the scale is inverted", round_trip_inverted, "should the result not be close to x?"),
-            Bug("one scale for the whole tensor", round_trip_per_tensor, "plant an outlier: what of the other tiles?"),
-            Bug("tiles lie along the other axis", round_trip_along_rows, "whom may an outlier in a row disturb?"),
+            Bug("one scale for the whole tensor", round_trip_per_tensor, "add an outlier: what of the other tiles?"),
+            Bug("tiles run along the other axis", round_trip_along_rows, "which values may an outlier change?"),
             Bug("a tile of zeros has no scale", round_trip_without_floor, "what can go wrong with zeros?"),
         ),
+        hints=(
+            "compare the result with x in three situations: ordinary values, one very large value, only zeros",
+            "E4M3 errs by at most 1/16 of a value: demand that of all values outside the tile of one huge outlier, "
+            "and zeros for zeros",
+        ),
+        section="chapter 06, sections 2.2 to 2.5 and section 7",
     ),
 ]  # fmt: skip

@@ -1,16 +1,19 @@
-"""Exercises of chapter 07: orders of work in a pipeline, as lists of words for each rank.
+"""Exercises of chapter 07: schedules of a pipeline, as lists of words for each rank.
 
 "F3" is the forward of micro-batch 3, "B3" its backward, "I3" and "W3" the input and weight halves of that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from minids.course.checks import Bug, Function, SpotTheBug
 from minids.parallel.dualpipe import dualpipe
 from minids.parallel.schedule import Schedule, Timeline, peak_activations
+
+# 7.1 -----------------------------------------------------------------------------------------------------------------
 
 
 def run_ahead(ahead: int, micro_batches: int) -> list[str]:
@@ -26,16 +29,9 @@ def one_f_one_b(ranks: int, micro_batches: int) -> list[list[str]]:
     return [run_ahead(ranks - 1 - rank, micro_batches) for rank in range(ranks)]
 
 
-def one_f_one_b_all_alike(ranks, micro_batches):
-    return [run_ahead(ranks - 1, micro_batches) for _ in range(ranks)]
-
-
-def one_f_one_b_one_more(ranks, micro_batches):
-    return [run_ahead(ranks - rank, micro_batches) for rank in range(ranks)]
-
-
-def one_f_one_b_upside_down(ranks, micro_batches):
-    return [run_ahead(rank, micro_batches) for rank in range(ranks)]
+def ahead_by(forwards: Callable[[int, int], int]) -> Callable[[int, int], list[list[str]]]:
+    """A schedule in which each rank runs `forwards(ranks, rank)` ahead."""
+    return lambda ranks, micro_batches: [run_ahead(forwards(ranks, rank), micro_batches) for rank in range(ranks)]
 
 
 def gpipe(ranks, micro_batches):
@@ -43,35 +39,44 @@ def gpipe(ranks, micro_batches):
 
 
 def size_examples(_: torch.Generator) -> list[tuple]:
-    return [(4, 8), (2, 2), (5, 3), (3, 1), (1, 4), (8, 20)]
+    return [(2, 2), (4, 8), (5, 3), (3, 1), (1, 4), (8, 20)]
 
 
-def fill_bubble(program: list[str], late: int, newest_first: bool = False) -> list[str]:
+# 7.2 -----------------------------------------------------------------------------------------------------------------
+
+
+def fill_bubble(program: list[str], late: int) -> list[str]:
     """Put a W behind an I as soon as more than `late` I are without one; those left come at the end, in order."""
+    return fill(program, late)
+
+
+def fill(
+    program: list[str], late: int, newest_first: bool = False, digits: int | None = None, left_newest: bool = False
+) -> list[str]:
     filled, waiting = [], []
     for word in program:
         filled.append(word)
         if word[0] == "I":
-            waiting.append(f"W{word[1:]}")
+            waiting.append(f"W{word[1:][:digits]}")
             if len(waiting) > late:
                 filled.append(waiting.pop(-1 if newest_first else 0))
-    return filled + waiting
+    return filled + (waiting[::-1] if left_newest else waiting)
 
 
 def fill_at_once(program, late):
-    return fill_bubble(program, 0)
+    return fill(program, 0)
 
 
 def fill_at_the_end(program, late):
-    return fill_bubble(program, len(program))
+    return fill(program, len(program))
 
 
-def fill_newest_first(program, late):
-    return fill_bubble(program, late, newest_first=True)
+def fill_one_early(program, late, **options):
+    return fill(program, max(late - 1, 0), **options)
 
 
-def fill_one_early(program, late):
-    return fill_bubble(program, max(late - 1, 0))
+def fill_one_late(program, late):
+    return fill(program, late + 1)
 
 
 def halved(ranks: int, micro_batches: int) -> list[list[str]]:
@@ -80,21 +85,29 @@ def halved(ranks: int, micro_batches: int) -> list[list[str]]:
 
 
 def program_examples(_: torch.Generator) -> list[tuple]:
-    return [(halved(4, 8)[rank], rank) for rank in (3, 0, 1)] + [(halved(3, 2)[0], 5), (halved(6, 7)[2], 2)]
+    small = [(["F0", "I0", "F1", "I1"], 1), (halved(3, 4)[0], 2)]
+    sized = [(halved(4, 8)[rank], rank) for rank in (3, 0, 1)]
+    return [*small, *sized, (halved(3, 2)[0], 5), (halved(6, 7)[2], 2), (halved(2, 12)[0], 3), ([], 1)]
 
 
-def end_times(programs: list[list[str]], cost: dict[str, float], waits: bool) -> dict[tuple[int, str], float]:
-    """When every (rank, word) ends; an input half waits for that of the next rank, unless `waits` is False."""
-    ended, clock, position = {}, [0.0] * len(programs), [0] * len(programs)
+# 7.3 -----------------------------------------------------------------------------------------------------------------
+
+
+def end_times(
+    programs: list[list[str]], cost: dict[str, float], waits: str = "FI", digits: int | None = None
+) -> dict[tuple[int, str], float]:
+    """When every (rank, word) ends. Words of the kinds `waits` wait for another rank; numbers have `digits` digits."""
+    ended: dict[tuple[int, str], float] = {}
+    clock, position = [0.0] * len(programs), [0] * len(programs)
 
     def needs(rank: int, word: str) -> Iterator[tuple[int, str]]:
-        kind, number = word[0], word[1:]
-        if kind == "F" and rank > 0:
-            yield rank - 1, word
+        kind, number = word[0], word[1:][:digits]
+        if kind == "F" and rank > 0 and "F" in waits:
+            yield rank - 1, kind + number
         if kind == "I":
             yield rank, "F" + number
-            if waits and rank + 1 < len(programs):
-                yield rank + 1, word
+            if rank + 1 < len(programs) and "I" in waits:
+                yield rank + 1, kind + number
         if kind == "W":
             yield rank, "I" + number
 
@@ -116,37 +129,50 @@ def busy(programs: list[list[str]], cost: dict[str, float]) -> list[float]:
     return [sum(cost[word[0]] for word in program) for program in programs]
 
 
-def bubble(programs: list[list[str]], cost: dict[str, float], waits: bool = True) -> list[float]:
+def bubble(programs: list[list[str]], cost: dict[str, float]) -> list[float]:
     """The time that each rank idles between the start of the step and its end."""
-    makespan = max(end_times(programs, cost, waits).values())
+    return idle(programs, cost)
+
+
+def idle(programs, cost, waits="FI", digits=None) -> list[float]:
+    makespan = max(end_times(programs, cost, waits, digits).values())
     return [float(makespan - work) for work in busy(programs, cost)]
 
 
-def bubble_without_waiting(programs, cost):
-    return bubble(programs, cost, waits=False)
+def own_ends(programs, cost, waits="FI") -> list[float]:
+    ended = end_times(programs, cost, waits)
+    return [ended[rank, program[-1]] for rank, program in enumerate(programs)]
 
 
-def bubble_to_own_end(programs, cost):
-    ended = end_times(programs, cost, waits=True)
-    ends = [ended[rank, program[-1]] for rank, program in enumerate(programs)]
-    return [float(end - work) for end, work in zip(ends, busy(programs, cost), strict=True)]
+def idle_to_own_end(programs, cost, waits="FI"):
+    return [float(end - work) for end, work in zip(own_ends(programs, cost, waits), busy(programs, cost), strict=True)]
 
 
-def bubble_as_share(programs, cost):
-    makespan = max(end_times(programs, cost, waits=True).values())
-    return [idle / makespan for idle in bubble(programs, cost)]
+def idle_after_own_end(programs, cost):
+    ends = own_ends(programs, cost)
+    return [float(max(ends) - end) for end in ends]
 
 
-def bubble_by_formula(programs, cost):
+def idle_share(programs, cost, waits="FI"):
+    makespan = max(end_times(programs, cost, waits).values())
+    return [each / makespan for each in idle(programs, cost, waits)]
+
+
+def idle_by_formula(programs, cost):
     return [float((len(programs) - 1) * (cost["F"] + cost["I"] - cost["W"]))] * len(programs)
 
 
 def bubble_examples(_: torch.Generator) -> list[tuple]:
-    zb1p = [[fill_bubble(program, rank) for rank, program in enumerate(halved(n, m))] for n, m in ((4, 8), (3, 4))]
-    at_once = [fill_bubble(program, 0) for program in halved(4, 6)]
-    at_the_end = [fill_bubble(program, 8) for program in halved(3, 5)]
+    sizes = ((2, 2), (4, 8), (3, 4), (3, 12), (1, 3))
+    zb1p = [[fill(program, rank) for rank, program in enumerate(halved(*size))] for size in sizes]
+    at_once = [fill(program, 0) for program in halved(4, 6)]
+    at_the_end = [fill(program, 8) for program in halved(3, 5)]
     costs = [dict(F=1.0, I=1.0, W=1.0), dict(F=1.0, I=2.0, W=0.5), dict(F=2.0, I=1.0, W=3.0)]
-    return [(zb1p[0], costs[0]), (zb1p[1], costs[1]), (at_once, costs[0]), (at_the_end, costs[2])]
+    small = [(zb1p[0], costs[0]), (zb1p[1], costs[0]), (zb1p[2], costs[1])]
+    return [*small, (at_once, costs[0]), (at_the_end, costs[2]), (zb1p[3], costs[1]), (zb1p[4], costs[2])]
+
+
+# 7.4 -----------------------------------------------------------------------------------------------------------------
 
 
 def plan(ranks: int, micro_batches: int, FB: float) -> tuple[Schedule, Timeline]:
@@ -166,7 +192,7 @@ def plan_without_last_weights(ranks, micro_batches, FB):
 
 
 def plan_that_blocks(ranks, micro_batches, FB):
-    """Rank 0 begins with a forward from the other end; the times are still those of the right order."""
+    """Rank 0 begins with a forward from the other end; the times are still those of the correct order."""
     schedule, timeline = plan(ranks, micro_batches, FB)
     first, *others = schedule.actions
     early = next(action for action in first if action.kind == "F" and action.direction == 1)
@@ -175,7 +201,7 @@ def plan_that_blocks(ranks, micro_batches, FB):
 
 
 def plan_with_all_weights_last(ranks, micro_batches, FB):
-    """It promises the memory that it takes, so that its own check is content."""
+    """It promises the memory that it takes, so that its own check passes."""
     schedule = dualpipe(ranks, micro_batches)
     actions = [[a for a in row if a.kind != "W"] + [a for a in row if a.kind == "W"] for row in schedule.actions]
     schedule = replace(schedule, actions=actions, max_activations=max(map(peak_activations, actions)))
@@ -186,12 +212,21 @@ EXERCISES = [
     Function(
         "7.1", "one_f_one_b", one_f_one_b, size_examples,
         mistakes={
-            "every rank runs ahead by as many forwards as the first": one_f_one_b_all_alike,
-            "a rank does one forward too many before its first backward": one_f_one_b_one_more,
-            "the last rank runs ahead most, and the first not at all": one_f_one_b_upside_down,
+            "every rank runs ahead by as many forwards as the first": ahead_by(lambda ranks, rank: ranks - 1),
+            "a rank does one forward too many before its first backward": ahead_by(lambda ranks, rank: ranks - rank),
+            "the last rank runs ahead most, and the first not at all": ahead_by(lambda ranks, rank: rank),
+            "no rank runs ahead": ahead_by(lambda ranks, rank: 0),
             "all forwards come before all backwards, as in GPipe": gpipe,
+            "every rank runs ahead by as many forwards as the first, and by one too many":
+                ahead_by(lambda ranks, rank: ranks),
+            "the last rank runs ahead most, and every rank by one forward too many":
+                ahead_by(lambda ranks, rank: rank + 1),
         },
-        hint="rank r starts with min(ranks - 1 - r, micro_batches) forwards; then forward and backward in turn",
+        hints=(
+            "a program has three phases: forwards only, both in turn, backwards only; the first depends on the rank",
+            "ahead = min(ranks - 1 - rank, micro_batches); then F(m + ahead), where there is one, before each B(m)",
+        ),
+        section="chapter 07, section 2.3: 1F1B",
         points=2,
     ),
     Function(
@@ -199,21 +234,45 @@ EXERCISES = [
         mistakes={
             "every W follows its own I at once": fill_at_once,
             "all W wait until the end": fill_at_the_end,
-            "the newest I gets its W first": fill_newest_first,
+            "the newest I gets its W first": partial(fill, newest_first=True),
             "only late - 1 of the I may be without a W": fill_one_early,
+            "late + 1 of the I may be without a W": fill_one_late,
+            "only the first digit of a micro-batch's number is read": partial(fill, digits=1),
+            "the W that are left come newest first": partial(fill, left_newest=True),
+            "the newest I gets its W first, and only late - 1 of the I may be without one":
+                partial(fill_one_early, newest_first=True),
+            "only the first digit of a number is read, and only late - 1 of the I may be without a W":
+                partial(fill_one_early, digits=1),
         },
-        hint="keep a queue of the W that wait; after each I, take the oldest out if there are more than `late`",
+        hints=(
+            "which W may be inserted after an I depends on the I before it: remember those that have no W yet",
+            "keep a queue of the W to come; after each I, insert the oldest if more than `late` are in the queue",
+        ),
+        section="chapter 07, sections 2.4 and 2.5: the two halves of backward, and when W runs",
         points=2,
     ),
     Function(
         "7.3", "bubble", bubble, bubble_examples,
         mistakes={
-            "an input half does not wait for that of the next rank": bubble_without_waiting,
-            "a rank's time is counted to its own end, not to the end of the step": bubble_to_own_end,
-            "the bubble is given as a share of the step": bubble_as_share,
-            "the formula of ZB1P is used for every order": bubble_by_formula,
+            "an input half does not wait for that of the next rank": partial(idle, waits="F"),
+            "a forward does not wait for that of the rank before": partial(idle, waits="I"),
+            "no rank waits for another": partial(idle, waits=""),
+            "a rank's time is counted to its own end, not to the end of the step": idle_to_own_end,
+            "only the time after a rank's last word is counted": idle_after_own_end,
+            "the bubble is given as a share of the step": idle_share,
+            "the formula of ZB1P is used for every schedule": idle_by_formula,
+            "only the first digit of a micro-batch's number is read": partial(idle, digits=1),
+            "an input half does not wait for the next rank, and a rank's time is counted to its own end":
+                partial(idle_to_own_end, waits="F"),
+            "an input half does not wait for the next rank, and the bubble is given as a share of the step":
+                partial(idle_share, waits="F"),
         },
-        hint="extend `times` of chapter section 2.1: I waits for its own F and the next rank's I, W for its own I",
+        hints=(
+            "first find when every word ends, then compare a rank's own work with the end of the last rank",
+            "extend `times` of section 2.1: I waits for its own F and for I on rank + 1, W for its own I; "
+            "then subtract each rank's sum of costs from the largest end",
+        ),
+        section="chapter 07, section 2.1: what waits for what",
         points=3,
     ),
     SpotTheBug(
@@ -221,8 +280,13 @@ EXERCISES = [
         (
             Bug("a pair takes F + B, whatever was measured", plan_with_sum, "is FB = 3 a good choice for a test?"),
             Bug("the last W of each rank is forgotten", plan_without_last_weights, "is the gradient complete?"),
-            Bug("the ranks wait for each other in a circle", plan_that_blocks, "can the schedule run at all?"),
+            Bug("the ranks wait for each other: a deadlock", plan_that_blocks, "can the schedule run at all?"),
             Bug("all W wait until the end", plan_with_all_weights_last, "what does the report promise about memory?"),
         ),
+        hints=(
+            "a schedule has to run and to be complete; a timeline has a bubble and a memory that formulas predict",
+            "call plan(8, 20, 2.5): schedule.check(), bubble (PP / 2 - 1)(FB + B - 3 W), at most PP + 1 activations",
+        ),
+        section="chapter 07, section 2.5 (W at the end), section 3.3 (the check) and section 4.2 (the formula)",
     ),
 ]  # fmt: skip

@@ -1,39 +1,36 @@
-"""Exercises of chapter 08: rows that travel to experts on other ranks and back, and experts that are given places.
+"""Exercises of chapter 08: rows sent to experts on other ranks and back, and experts that are assigned to GPUs.
 
-All ranks live in one process here: a list holds one entry per rank. Experts lie on the ranks in equal runs.
+All ranks live in one process here: a list holds one entry per rank. Each rank has equally many consecutive experts.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from minids.course.checks import Bug, Function, SpotTheBug
-from minids.course.traffic import Traffic
 from minids.parallel.eplb import pack
 
 # 8.1 -----------------------------------------------------------------------------------------------------------------
 
 
 def all_to_all(rows: list[Tensor], cuts: list[list[int]]) -> list[Tensor]:
-    """cuts[s][r] rows go from rank s to rank r; each rank gets its parcels in the order of the senders."""
-    outbox = [row.split(cut) for row, cut in zip(rows, cuts, strict=True)]
-    return [torch.cat([parcels[rank] for parcels in outbox]) for rank in range(len(rows))]
+    """cuts[s][r] rows go from rank s to rank r; each rank gets its chunks in the order of the senders."""
+    return exchange(rows, cuts)
 
 
-def all_to_all_nothing_sent(rows, cuts):
+def exchange(rows, cuts, *, last_sender_first=False, padded=False, shift=0) -> list[Tensor]:
+    ranks, size = len(rows), max(max(cut) for cut in cuts)
+    outbox = [list(row.split(cut)) for row, cut in zip(rows, cuts, strict=True)]
+    if padded:  # every chunk as large as the largest, as in systems with a fixed capacity
+        outbox = [[torch.cat([c, c.new_zeros(size - len(c), c.shape[1])]) for c in chunks] for chunks in outbox]
+    senders = outbox[::-1] if last_sender_first else outbox
+    return [torch.cat([chunks[(rank + shift) % ranks] for chunks in senders]) for rank in range(ranks)]
+
+
+def exchange_nothing(rows, cuts):
     return [row.clone() for row in rows]
-
-
-def all_to_all_last_sender_first(rows, cuts):
-    outbox = [row.split(cut) for row, cut in zip(rows, cuts, strict=True)]
-    return [torch.cat([parcels[rank] for parcels in reversed(outbox)]) for rank in range(len(rows))]
-
-
-def all_to_all_padded(rows, cuts):
-    """Every parcel as large as the largest, as in systems with a fixed capacity."""
-    size = max(max(cut) for cut in cuts)
-    outbox = [row.split(cut) for row, cut in zip(rows, cuts, strict=True)]
-    padded = [[torch.cat([p, p.new_zeros(size - len(p), p.shape[1])]) for p in parcels] for parcels in outbox]
-    return [torch.cat([parcels[rank] for parcels in padded]) for rank in range(len(rows))]
 
 
 def exchange_examples(generator: torch.Generator) -> list[tuple]:
@@ -61,14 +58,21 @@ def combine_with_order(rows, order, weights):
     return combine(rows, order.argsort(), weights)
 
 
-def combine_unweighted(rows, order, weights):
-    return combine(rows, order, torch.ones_like(weights))
+def unweighted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda rows, order, weights: function(rows, order, torch.ones_like(weights))
 
 
 def combine_weights_as_sent(rows, order, weights):
     """The rows are put back, but each carries the weight of another."""
-    rows = rows * weights.flatten()[:, None]
-    return combine(rows, order, torch.ones_like(weights))
+    return unweighted(combine)(rows * weights.flatten()[:, None], order, weights)
+
+
+def combine_mean(rows, order, weights):
+    return combine(rows, order, weights) / weights.shape[1]
+
+
+def combine_normalised(rows, order, weights):
+    return combine(rows, order, weights / weights.sum(1, keepdim=True))
 
 
 def combine_examples(generator: torch.Generator) -> list[tuple]:
@@ -83,31 +87,44 @@ def combine_examples(generator: torch.Generator) -> list[tuple]:
 # 8.3 -----------------------------------------------------------------------------------------------------------------
 
 
-def pack_without_limit(weights, packs):
-    packed, totals = [[] for _ in range(packs)], [0.0] * packs
-    for item in sorted(range(len(weights)), key=lambda i: -weights[i]):
-        lightest = totals.index(min(totals))
-        packed[lightest].append(item)
+def heaviest_first(weights: list[float]) -> list[int]:
+    return sorted(range(len(weights)), key=lambda item: -weights[item])
+
+
+def lightest_first(weights: list[float]) -> list[int]:
+    return sorted(range(len(weights)), key=lambda item: weights[item])
+
+
+def as_they_come(weights: list[float]) -> list[int]:
+    return list(range(len(weights)))
+
+
+def later_of_equals_first(weights: list[float]) -> list[int]:
+    return lightest_first(weights)[::-1]
+
+
+def packed(weights, packs, items=heaviest_first, limit=True, last_of_equals=False) -> list[list[int]]:
+    size = len(weights) // packs if limit else len(weights)
+    content: list[list[int]] = [[] for _ in range(packs)]
+    totals = [0.0] * packs
+    for item in items(weights):
+        with_room = [p for p in range(packs) if len(content[p]) < size]
+        lightest = min(with_room[::-1] if last_of_equals else with_room, key=lambda p: totals[p])
+        content[lightest].append(item)
         totals[lightest] += weights[item]
-    return packed
-
-
-def pack_lightest_first(weights, packs):
-    return pack([-weight + 2 * max(weights) for weight in weights], packs)
-
-
-def pack_as_they_come(weights, packs):
-    packed, totals, size = [[] for _ in range(packs)], [0.0] * packs, len(weights) // packs
-    for item, weight in enumerate(weights):
-        lightest = min((p for p in range(packs) if len(packed[p]) < size), key=lambda p: totals[p])
-        packed[lightest].append(item)
-        totals[lightest] += weight
-    return packed
+    return content
 
 
 def pack_in_turn(weights, packs):
-    ordered = sorted(range(len(weights)), key=lambda i: -weights[i])
-    return [ordered[p::packs] for p in range(packs)]
+    return [heaviest_first(weights)[p::packs] for p in range(packs)]
+
+
+def pack_sorted(weights, packs):
+    return [sorted(items) for items in pack(weights, packs)]
+
+
+def pack_weights(weights, packs):
+    return [[weights[item] for item in items] for items in pack(weights, packs)]
 
 
 def pack_examples(_: torch.Generator) -> list[tuple]:
@@ -116,6 +133,7 @@ def pack_examples(_: torch.Generator) -> list[tuple]:
         ([10.0, 1, 1, 2, 1, 1], 2),
         ([3.0, 3, 3, 3, 5, 1, 7, 2, 9], 3),
         ([6.0, 2, 5, 4], 1),
+        ([2.0, 0, 2, 0, 0, 1], 3),
     ]
 
 
@@ -137,10 +155,18 @@ def rows_with_own_node(experts, home, per_gpu, gpus_per_node):
     return sum(len(set(nodes)) for nodes in (experts // (per_gpu * gpus_per_node)).tolist())
 
 
+def rows_without_any_node(experts, home, per_gpu, gpus_per_node):
+    return rows_with_own_node(experts, home, per_gpu, gpus_per_node) - len(experts)
+
+
 def rows_per_gpu(experts, home, per_gpu, gpus_per_node):
     own = home // gpus_per_node
     targets = zip((experts // per_gpu).tolist(), own.tolist(), strict=True)
     return sum(len({gpu for gpu in gpus if gpu // gpus_per_node != mine}) for gpus, mine in targets)
+
+
+def rows_per_gpu_with_own_node(experts, home, per_gpu, gpus_per_node):
+    return rows_with_own_node(experts, home, per_gpu, 1)
 
 
 def rows_gpu_taken_for_node(experts, home, per_gpu, gpus_per_node):
@@ -156,22 +182,19 @@ def crossing_examples(generator: torch.Generator) -> list[tuple]:
     return examples
 
 
-def counted_by_the_package(experts, home, per_gpu, gpus_per_node) -> int:
-    """For the test of these exercises: the reference has to count what `Traffic` counts."""
-    ranks = max(int(home.max()), int(experts.max()) // per_gpu) // gpus_per_node * gpus_per_node + gpus_per_node
-    owner = torch.arange(ranks * per_gpu) // per_gpu
-    return Traffic.forwarded(experts, home, owner, ranks, gpus_per_node).between_nodes
-
-
 # 8.5 -----------------------------------------------------------------------------------------------------------------
 
 
-def moe_on_ranks(x, experts, weights, matrices, wrong: str = "") -> tuple[list[Tensor], list[Tensor]]:
-    """A mixture of experts over ranks; `wrong` names a mistake.
+def moe(x: list[Tensor], experts: list[Tensor], weights: list[Tensor], matrices: Tensor):
+    """A mixture of experts over ranks: each rank's output, and the loads that it balances its router by.
 
-    By rank: x [tokens, dim], experts and weights [tokens, k]. matrices [experts, dim, dim] lie on the ranks in equal
-    runs. Returns each rank's output, and the loads that it balances its router by.
+    By rank: x [tokens, dim], experts and weights [tokens, k]. matrices is [experts, dim, dim].
     """
+    return moe_on_ranks(x, experts, weights, matrices)
+
+
+def moe_on_ranks(x, experts, weights, matrices, wrong: str = "") -> tuple[list[Tensor], list[Tensor]]:
+    """Compute `moe`, with the mistake that `wrong` names."""
     ranks, per_rank = len(x), len(matrices) // len(x)
     orders = [e.flatten().argsort(stable=True) for e in experts]
     sent = [row[order // e.shape[1]] for row, order, e in zip(x, orders, experts, strict=True)]
@@ -206,32 +229,62 @@ EXERCISES = [
     Function(
         "8.1", "all_to_all", all_to_all, exchange_examples,
         mistakes={
-            "every rank keeps its own rows": all_to_all_nothing_sent,
-            "the last sender's rows come first": all_to_all_last_sender_first,
-            "all parcels are padded to the largest": all_to_all_padded,
+            "every rank keeps its own rows": exchange_nothing,
+            "the last sender's rows come first": partial(exchange, last_sender_first=True),
+            "all chunks are padded to the largest": partial(exchange, padded=True),
+            "rank r gets what was meant for rank r + 1": partial(exchange, shift=1),
+            "all chunks are padded to the largest, and the last sender's rows come first":
+                partial(exchange, padded=True, last_sender_first=True),
         },
-        hint="cut each rank's rows into parcels, one per receiver; receiver r joins parcel r of every sender",
+        hints=(
+            "seen as a table of chunks, sender by receiver, an all-to-all is a transposition",
+            "cut each rank's rows with rows[s].split(cuts[s]); receiver r concatenates chunk r of every sender",
+        ),
+        section="chapter 08, section 2.1 (what is sent) and section 2.2 (the same with tensors)",
     ),
     Function(
         "8.2", "combine", combine, combine_examples,
         mistakes={
             "the rows are not put back into the order of the tokens": combine_without_undoing,
             "the order is applied a second time instead of its inverse": combine_with_order,
-            "the rows are added without their weights": combine_unweighted,
-            "the weights are put on before the rows are put back": combine_weights_as_sent,
+            "the rows are added without their weights": unweighted(combine),
+            "the weights are applied before the rows are put back": combine_weights_as_sent,
+            "the mean of a token's k rows is taken instead of their sum": combine_mean,
+            "the weights of a token are normalised once more": combine_normalised,
+            "the rows are not put back into the order of the tokens, and are added without their weights":
+                unweighted(combine_without_undoing),
+            "the order is applied a second time instead of its inverse, and the rows are added without their weights":
+                unweighted(combine_with_order),
         },
-        hint="order[i] is the place that row i came from, so the row for place p is rows[order.argsort()[p]]",
+        hints=(
+            "a permutation is undone by its inverse; only then do rows and weights belong together",
+            "row i goes to place order[i]: placed[order] = rows, or rows[order.argsort()]; then [tokens, k, dim]",
+        ),
+        section="chapter 08, section 2.2: dispatch and combine with tensors",
         points=2,
     ),
     Function(
         "8.3", "pack", pack, pack_examples,
         mistakes={
-            "a pack may hold more items than its share": pack_without_limit,
-            "the lightest items are placed first": pack_lightest_first,
-            "the items are placed in the order in which they come": pack_as_they_come,
+            "a pack may hold more items than its share": partial(packed, limit=False),
+            "the lightest items are placed first": partial(packed, items=lightest_first),
+            "the items are placed in the order in which they come": partial(packed, items=as_they_come),
             "the packs are filled in turn, whatever they weigh": pack_in_turn,
+            "of two items that weigh the same, the later one is placed first":
+                partial(packed, items=later_of_equals_first),
+            "of two packs that weigh the same, the last one is taken": partial(packed, last_of_equals=True),
+            "the items of a pack are sorted by number, not in the order in which they were placed": pack_sorted,
+            "the packs list weights instead of item numbers": pack_weights,
+            "a pack may hold more items than its share, and the lightest items are placed first":
+                partial(packed, items=lightest_first, limit=False),
+            "a pack may hold more items than its share, and the items are placed in the order in which they come":
+                partial(packed, items=as_they_come, limit=False),
         },
-        hint="sort by falling weight; of the packs with room, the one with the smallest total gets the item",
+        hints=(
+            "a large item that is placed late spoils the balance: which one should be placed first?",
+            "sort by falling weight; of the packs with room, the one with the smallest total gets the item",
+        ),
+        section="chapter 08, section 4.6: EPLB",
         points=2,
     ),
     Function(
@@ -239,18 +292,31 @@ EXERCISES = [
         mistakes={
             "a token crosses once for each of its experts": rows_naive,
             "the token's own node is counted too": rows_with_own_node,
+            "one node is subtracted for every token, even where none of its experts is on its own node":
+                rows_without_any_node,
             "a token crosses once for each GPU": rows_per_gpu,
             "home is taken for a node, but is a GPU": rows_gpu_taken_for_node,
+            "a token crosses once for each GPU, and those of its own node are counted too": rows_per_gpu_with_own_node,
         },
-        hint="an expert's node is expert // (per_gpu * gpus_per_node); count each token's distinct nodes but its own",
+        hints=(
+            "what counts is neither experts nor GPUs, but the different nodes that one token has to reach",
+            "an expert's node is expert // (per_gpu * gpus_per_node); count each token's set of nodes without its own",
+        ),
+        section="chapter 08, section 4.1: rows between nodes",
         points=2,
     ),
     SpotTheBug(
-        "8.5", "test_moe", moe_on_ranks,
-        bugs=(
+        "8.5", "test_moe", moe,
+        (
             Bug("rows come back in another order", moe_returned_in_wrong_order, "compute one token by hand"),
             Bug("weights are applied twice", moe_weighted_twice, "use weights that are not 1"),
             Bug("loads are counted per rank", moe_loads_per_rank, "what must the loads of two ranks have in common?"),
         ),
+        hints=(
+            "every output can be computed without any ranks, one token after the other; so can the loads",
+            "compare outputs[r][t] with the sum of w * (x[r][t] @ matrices[e]) over the token's choices, "
+            "and each of `loads` with a bincount of all choices of all ranks",
+        ),
+        section="chapter 08, section 2.3 (silent errors) and section 3.2 (gradients and loads)",
     ),
 ]  # fmt: skip

@@ -1,7 +1,5 @@
 """Exercises of chapter 9: advantages, the clipped loss, log-probabilities and their mask, a reward; a test."""
 
-import re
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,6 +7,31 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from minids.course.checks import Bug, Function, SpotTheBug
+from minids.course.exercises.chapter09_mistakes import (
+    TAGS,
+    advantages_with,
+    answer_loss_with,
+    clipped_always,
+    clipped_swapped,
+    equal_numbers,
+    equal_without_spaces,
+    inverted,
+    k1,
+    logps_end_is_zero,
+    logps_with,
+    loss_of_whole_answers,
+    loss_with,
+    maximised,
+    of_padded_length,
+    of_padding_too,
+    of_tokens,
+    reward_any_of_several,
+    reward_anywhere,
+    reward_of_text,
+    reward_of_text_with_counts,
+    reward_with,
+    unclipped,
+)
 
 # 9.1 Advantages -----------------------------------------------------------------------------------------------------
 
@@ -18,51 +41,14 @@ def advantages(rewards: Float[Tensor, "groups size"]) -> Float[Tensor, "groups s
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
-def advantages_over_batch(rewards):
-    return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-
-
-def advantages_by_population(rewards):
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + 1e-4)
-
-
-def advantages_unscaled(rewards):
-    return rewards - rewards.mean(1, keepdim=True)
-
-
-def advantages_without_eps(rewards):
-    return (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
-
-
 def advantage_examples(g: Generator) -> list[tuple]:
     by_hand = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
-    return [(by_hand,), (torch.rand(2, 7, generator=g),), (torch.rand(1, 2, generator=g),), (torch.zeros(3, 5),)]
+    close = 1e-3 * torch.rand(2, 4, generator=g)  # here 1e-4 is no longer small
+    random = [(torch.rand(*size, generator=g),) for size in ((2, 7), (1, 2))]
+    return [(by_hand,), *random, (torch.zeros(3, 5),), (close,)]
 
 
 # 9.2 The clipped loss -----------------------------------------------------------------------------------------------
-
-Terms = Callable[[Tensor, Tensor, float], Tensor]
-
-
-def clipped(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
-
-
-def clipped_swapped(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
-    """The bounds change places for negative advantages."""
-    inside = ratio.clamp(1 - epsilon, 1 + epsilon) * advantage
-    outside = ratio * advantage
-    return torch.where(advantage < 0, torch.maximum(outside, inside), torch.minimum(outside, inside))
-
-
-def clipped_always(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
-    return ratio.clamp(1 - epsilon, 1 + epsilon) * advantage
-
-
-def loss_with(terms: Terms, logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, epsilon: float) -> Tensor:
-    """Minus the mean over answers of the mean of their tokens' terms."""
-    gains = terms((logp - old_logp).exp(), advantages[:, None], epsilon)
-    return -((gains * mask).sum(1) / mask.sum(1)).mean()
 
 
 def clipped_loss(
@@ -73,30 +59,21 @@ def clipped_loss(
     epsilon: float,
 ) -> Float[Tensor, ""]:
     """GRPO without its KL (DeepSeekMath eq. 3), to be minimised."""
-    return loss_with(clipped, logp, old_logp, advantages, mask, epsilon)
-
-
-def loss_over_all_tokens(logp, old_logp, advantages, mask, epsilon):
-    return -clipped((logp - old_logp).exp(), advantages[:, None], epsilon)[mask].mean()
-
-
-def loss_of_padding(logp, old_logp, advantages, mask, epsilon):
-    return clipped_loss(logp, old_logp, advantages, torch.ones_like(mask), epsilon)
-
-
-def loss_maximised(logp, old_logp, advantages, mask, epsilon):
-    return -clipped_loss(logp, old_logp, advantages, mask, epsilon)
+    ratio, advantage = (logp - old_logp).exp(), advantages[:, None]
+    gains = torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+    return -((gains * mask).sum(1) / mask.sum(1)).mean()
 
 
 def loss_examples(g: Generator) -> list[tuple]:
-    def example(batch, seq, epsilon):
+    def example(batch, seq, epsilon, prompt=0):
         old_logp = -3 * torch.rand(batch, seq, generator=g)
         logp = old_logp + 0.5 * torch.randn(batch, seq, generator=g)
-        lengths = torch.randint(1, seq, (batch, 1), generator=g)
+        lengths = torch.randint(prompt + 1, seq, (batch, 1), generator=g)
         lengths[0] = seq
-        return logp, old_logp, torch.randn(batch, generator=g), torch.arange(seq) < lengths, epsilon
+        place = torch.arange(seq)
+        return logp, old_logp, torch.randn(batch, generator=g), (place >= prompt) & (place < lengths), epsilon
 
-    return [example(4, 6, 0.2), example(2, 9, 0.1), example(7, 3, 0.28)]
+    return [example(4, 6, 0.2), example(2, 9, 0.1), example(7, 3, 0.28), example(3, 8, 0.2, prompt=3)]
 
 
 # 9.3 Log-probabilities of an answer ---------------------------------------------------------------------------------
@@ -107,57 +84,30 @@ def answer_logps(
 ) -> tuple[Float[Tensor, "seq_minus_1"], Bool[Tensor, "seq_minus_1"]]:
     """Of each position but the last: log-probability of the next token; was that token sampled by the model?"""
     logp = logits[:-1].log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
-    ended_before = ((tokens == end) & in_answer(tokens, prompt_length)).int().cumsum(0)[:-1] > 0
-    return logp, in_answer(tokens, prompt_length)[1:] & ~ended_before
-
-
-def in_answer(tokens: Int[Tensor, "seq"], prompt_length: int) -> Bool[Tensor, "seq"]:
-    return torch.arange(len(tokens)) >= prompt_length
-
-
-def logps_off_by_one(logits, tokens, prompt_length, end):
-    _, mask = answer_logps(logits, tokens, prompt_length, end)
-    return logits[1:].log_softmax(-1).gather(-1, tokens[1:, None])[:, 0], mask
-
-
-def logps_with_padding(logits, tokens, prompt_length, end):
-    return answer_logps(logits, tokens, prompt_length, end)[0], in_answer(tokens, prompt_length)[1:]
-
-
-def logps_without_end(logits, tokens, prompt_length, end):
-    logp, mask = answer_logps(logits, tokens, prompt_length, end)
-    return logp, mask & (tokens[1:] != end)
-
-
-def logps_with_prompt(logits, tokens, prompt_length, end):
-    logp, mask = answer_logps(logits, tokens, prompt_length, end)
-    return logp, mask | ~in_answer(tokens, prompt_length)[1:]
-
-
-def logps_unnormalised(logits, tokens, prompt_length, end):
-    _, mask = answer_logps(logits, tokens, prompt_length, end)
-    return logits[:-1].gather(-1, tokens[1:, None])[:, 0], mask
+    in_answer = torch.arange(len(tokens)) >= prompt_length
+    ended_before = ((tokens == end) & in_answer).int().cumsum(0)[:-1] > 0
+    return logp, in_answer[1:] & ~ended_before
 
 
 def logp_examples(g: Generator) -> list[tuple]:
-    def example(tokens, prompt_length, vocab):
-        return torch.randn(len(tokens), vocab, generator=g), torch.tensor(tokens), prompt_length, 0
+    def example(tokens, prompt_length, vocab, end=0):
+        return torch.randn(len(tokens), vocab, generator=g), torch.tensor(tokens), prompt_length, end
 
     return [
         example([4, 1, 2, 3, 0, 0, 0], 2, 5),
         example([1, 5, 2, 2, 3], 3, 6),  # never ended
-        example([0, 1, 0], 2, 3),  # a prompt that begins with the end token
+        example([4, 0, 2, 3, 0], 2, 5),  # an end token in the prompt
         example([3, 1, 0, 0, 0, 0], 1, 4),
+        example([2, 1, 0, 0], 2, 3),  # an empty answer
+        example([1, 3, 0, 2, 3, 0, 0], 2, 4, end=3),  # padding that is not the end token, which is also in the prompt
     ]
 
 
 # 9.4 A reward that cannot be gamed ----------------------------------------------------------------------------------
 
-TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<eos>"]
-
 
 def reward(tokens: list[str], answer: str) -> float:
-    """1.1 for the right answer in the right form, 0.1 for the form alone, 0 for all else."""
+    """1.1 for the correct answer in the correct format, 0.1 for the format alone, 0 for everything else."""
     if [token for token in tokens if token in TAGS] != TAGS:
         return 0.0
     starts, closes, opens, ends, _ = map(tokens.index, TAGS)
@@ -166,134 +116,152 @@ def reward(tokens: list[str], answer: str) -> float:
     return 0.1 + ("".join(tokens[opens + 1 : ends]) == answer)
 
 
-def reward_anywhere(tokens, answer):
-    return 0.1 * (reward(tokens, "") > 0) + (answer in "".join(tokens))
-
-
-def reward_spelled_out(tokens, answer):
-    inside = re.fullmatch("<think>.*?</think><answer>(.*?)</answer><eos>", "".join(tokens))
-    if inside is None or any("".join(tokens).count(tag) != 1 for tag in TAGS):
-        return 0.0
-    return 0.1 + (inside[1] == answer)
-
-
-def reward_any_of_several(tokens, answer):
-    found = re.findall("<answer>(.*?)</answer>", "".join(tokens))
-    return max(reward(tokens, answer), float(len(found) > 1 and answer in found))
-
-
-def reward_by_number(tokens, answer):
-    inside = "".join(tokens).rpartition("<answer>")[2].partition("</answer>")[0]
-    right = reward(tokens, inside) > 1 and inside.isdecimal() and int(inside) == int(answer)
-    return 1.1 if right else reward(tokens, answer)
-
-
-def reward_unended(tokens, answer):
-    return reward(tokens if tokens[-1:] == ["<eos>"] else [*tokens, "<eos>"], answer)
-
-
 def reward_examples(g: Generator) -> list[tuple]:
-    thought, right = ["<think>", " b7+8=15", "</think>"], ["<answer>", "1", "8", "</answer>"]
-    wrong, spelled = ["<answer>", "6", "</answer>"], ["<", "answer", ">", "1", "8", "<", "/answer", ">"]
+    thought, correct = ["<think>", "a", "</think>"], ["<answer>", "1", "8", "</answer>"]
+    wrong, spelled = ["<answer>", "6", "</answer>"], ["<answer", ">18</", "answer>"]  # short: messages show them
     responses = [
-        [*thought, *right, "<eos>"],
-        ["<think>", "</think>", *right, "<eos>"],
+        [*thought, *correct, "<eos>"],
+        ["<think>", "</think>", *correct, "<eos>"],
         [*thought, *wrong, "<eos>"],
         [*thought, *spelled, "<eos>"],
-        [*thought, *wrong, *right, "<eos>"],
-        [*thought, *right, *wrong, "<eos>"],
-        ["<think>", "18", *right, "</think>", *wrong, "<eos>"],
+        ["<think>", *spelled, "</think>", *wrong, "<eos>"],
+        [*thought, *wrong, *correct, "<eos>"],
+        [*thought, *correct, *wrong, "<eos>"],
+        ["<think>", "18", *correct, "</think>", *wrong, "<eos>"],
         ["<think>", "18", "</think>", *wrong, "<eos>"],
-        ["<think>", *right, "<eos>"],
-        [*thought, "18", *right, "<eos>"],
+        ["<think>", *thought, *correct, "<eos>"],
+        ["<think>", *correct, "<eos>"],
+        ["18", *thought, *correct, "<eos>"],
+        [*thought, "18", *correct, "<eos>"],
+        [*thought, *correct, "18", "<eos>"],
+        [*thought, *correct, "<eos>", "18"],
+        [*thought, *correct, "<eos>", "<eos>"],
+        [*correct, *thought, "<eos>"],
+        [*thought, "<answer>", "</answer>", "<eos>"],
+        [*thought, "<answer>", " 18", "</answer>", "<eos>"],
         [*thought, "<answer>", "018", "</answer>", "<eos>"],
         [*thought, "<answer>", "\uff11\uff18", "</answer>", "<eos>"],  # full-width digits
-        [*thought, *right],
-        [*thought, *right, "<eos>", "18"],
-        [*right, "<eos>"],
+        [*thought, *correct],
+        [*correct, "<eos>"],
         [],
     ]
-    return [(response, "18") for response in responses]
-
-
-# 9.5 A test for the whole loss --------------------------------------------------------------------------------------
-
-
-def k3(away: Tensor) -> Tensor:
-    return away.exp() - away - 1
-
-
-def k1(away: Tensor) -> Tensor:
-    return -away
-
-
-def answer_loss(
-    logits, tokens, prompt_length, end, old_logp, ref_logp, advantage, epsilon, kl_weight,
-    *, read=answer_logps, terms: Terms = clipped, kl=k3,
-):  # fmt: skip
-    """GRPO's loss of one answer: the mean over its tokens of -clipped + kl_weight * k3. Bugs replace a part of it."""
-    logp, mask = read(logits, tokens, prompt_length, end)
-    gains = terms((logp - old_logp).exp(), torch.tensor(advantage), epsilon)
-    return -(gains - kl_weight * kl(ref_logp - logp))[mask].mean()
+    return [*((response, "18") for response in responses), (responses[0], "8"), (responses[2], "6")]
 
 
 EXERCISES = [
     Function(
         "9.1", "advantages", advantages, advantage_examples,
         mistakes={
-            "mean and deviation are taken over the whole batch": advantages_over_batch,
-            "the standard deviation is divided by the group's size, not by one less": advantages_by_population,
-            "the division by the standard deviation is left out": advantages_unscaled,
-            "nothing protects a group of equals from a division by zero": advantages_without_eps,
+            "mean and deviation are taken over the whole batch": partial(advantages_with, whole_batch=True),
+            "the standard deviation is divided by the group's size, not by one less":
+                partial(advantages_with, correction=0),
+            "the division by the standard deviation is left out": partial(advantages_with, scaled=False),
+            "nothing protects a group of equals from a division by zero": partial(advantages_with, eps=0.0),
+            "the number added to the standard deviation is much smaller than 1e-4":
+                partial(advantages_with, eps=1e-8),
+            "1e-4 is added to the variance, inside the root": partial(advantages_with, inside=True),
+            "mean and deviation are taken over the whole batch, and the deviation is divided by its size":
+                partial(advantages_with, whole_batch=True, correction=0),
+            "the mean is taken over the whole batch, and the division by the deviation is left out":
+                partial(advantages_with, whole_batch=True, scaled=False),
         },
-        hint="one row is one group: mean and std along dimension 1, with keepdim=True",
+        hints=(
+            "one row is one group: which dimension do mean and deviation run along?",
+            "mean(1, keepdim=True) and std(1, keepdim=True), which divides by G - 1; 1e-4 is added to the deviation",
+        ),
+        section="chapter 09, section 2.2: the advantages of one group",
     ),
     Function(
-        "9.2", "clipped_loss", clipped_loss, loss_examples,
+        "9.2", "clipped_loss", clipped_loss, loss_examples, gradients=("logp",),
         mistakes={
-            "the bounds are swapped for negative advantages": partial(loss_with, clipped_swapped),
-            "the ratio is always clipped, without the minimum": partial(loss_with, clipped_always),
-            "long answers weigh more, as all tokens are averaged together": loss_over_all_tokens,
-            "padding is counted": loss_of_padding,
-            "the objective is returned, which is to be maximised": loss_maximised,
+            "the bounds are swapped for negative advantages": partial(loss_with, terms=clipped_swapped),
+            "the ratio is always clipped, without the minimum": partial(loss_with, terms=clipped_always),
+            "nothing is clipped": partial(loss_with, terms=unclipped),
+            "long answers weigh more, as all tokens are averaged together": partial(loss_with, mean=of_tokens),
+            "the terms of an answer are divided by the padded length, not by the number of its tokens":
+                partial(loss_with, mean=of_padded_length),
+            "padding is counted": partial(loss_with, mean=of_padding_too),
+            "the objective is returned, which is to be maximised": maximised(clipped_loss),
+            "the ratio is that of the log-probabilities": partial(loss_with, ratio=torch.div),
+            "the ratio is inverted": partial(loss_with, ratio=inverted),
+            "one ratio is used for a whole answer, as in R1's equation": loss_of_whole_answers,
+            "the objective is returned, and padding is counted": maximised(partial(loss_with, mean=of_padding_too)),
+            "nothing is clipped, and all tokens are averaged together":
+                partial(loss_with, terms=unclipped, mean=of_tokens),
+            "the ratio is always clipped, and padding is counted":
+                partial(loss_with, terms=clipped_always, mean=of_padding_too),
         },
-        hint="ratio, then the smaller of two products, then the mean over each answer's own tokens",
+        hints=(
+            "three steps: a term for each token, a mean within each answer over its own tokens, a mean over answers",
+            "minimum(ratio * A, clamp(ratio) * A) with A of shape [batch, 1]; (terms * mask).sum(1) / mask.sum(1)",
+        ),
+        section="chapter 09, section 2.3 (the clip) and section 2.5 (from answers to tokens)",
         points=2,
     ),
     Function(
         "9.3", "answer_logps", answer_logps, logp_examples,
         mistakes={
-            "position t is asked for token t, which it has just read": logps_off_by_one,
-            "what stands after the end token is counted": logps_with_padding,
-            "the end token is left out, though the model chose it": logps_without_end,
-            "the prompt is counted": logps_with_prompt,
-            "logits are taken for log-probabilities": logps_unnormalised,
+            "position t scores token t, its own input": partial(logps_with, unshifted=True),
+            "the tokens after the end token are counted": partial(logps_with, padding=True),
+            "the end token is left out, though the model sampled it": partial(logps_with, end_counts=False),
+            "the prompt is counted": partial(logps_with, prompt=True),
+            "logits are taken for log-probabilities": partial(logps_with, normalised=False),
+            "an end token in the prompt ends the answer": partial(logps_with, prompt_ends=True),
+            "the mask tells of each position's own token, not of the next one": partial(logps_with, late=True),
+            "token 0 ends the answer, whatever `end` is": logps_end_is_zero,
+            "the prompt and the tokens after the end token are counted":
+                partial(logps_with, prompt=True, padding=True),
+            "logits are taken for log-probabilities, and the tokens after the end token are counted":
+                partial(logps_with, normalised=False, padding=True),
+            "the end token is left out, and an end token in the prompt ends the answer":
+                partial(logps_with, end_counts=False, prompt_ends=True),
         },
-        hint="logits[:-1] and tokens[1:] belong together; the first end token of the answer still counts",
+        hints=(
+            "decide for each token: is it part of the answer, and did an end token of the answer come before it?",
+            "logits[:-1] and tokens[1:] belong together; the first end token from prompt_length on still counts",
+        ),
+        section="chapter 09, section 2.5: from answers to tokens",
         points=2, outputs=("the log-probabilities", "the mask"),
     ),
     Function(
         "9.4", "reward", reward, reward_examples,
         mistakes={
-            "the right number may stand anywhere": reward_anywhere,
-            "tags that are spelled out in several tokens count as tags": reward_spelled_out,
-            "one right answer among several is enough": reward_any_of_several,
-            "numbers are compared, so that 018 and full-width digits pass": reward_by_number,
-            "an output that never ended is taken for complete": reward_unended,
+            "the correct answer may stand anywhere": reward_anywhere,
+            "the tokens are joined, so that tags spelled out in several tokens count as tags": reward_of_text,
+            "tags are counted in the joined text, so that those spelled out count as tags": reward_of_text_with_counts,
+            "one correct answer among several is enough": reward_any_of_several,
+            "numbers are compared, so that 018 and full-width digits pass": partial(reward_with, same=equal_numbers),
+            "spaces around the answer are ignored": partial(reward_with, same=equal_without_spaces),
+            "an output that never ended is taken for complete": partial(reward_with, unended=True),
+            "text outside the tags is allowed": partial(reward_with, text_outside=True),
+            "a correct answer gets 1.0, without the 0.1 for the format": partial(reward_with, full=1.0),
+            "an output that never ended is taken for complete, and text outside the tags is allowed":
+                partial(reward_with, unended=True, text_outside=True),
+            "an output that never ended is taken for complete, and numbers are compared":
+                partial(reward_with, unended=True, same=equal_numbers),
         },
-        hint="list the tags that occur, in order: all five, once each; then ask what stands outside of them",
+        hints=(
+            "work on the list of tokens: once they are joined, a tag and its spelling are the same text",
+            "the tokens that are tags must be the five tags in order; then their places say what stands outside",
+        ),
+        section="chapter 09, section 3.2: rewards that are rules",
         points=3,
     ),
     SpotTheBug(
-        "9.5", "test_answer_loss", answer_loss,
+        "9.5", "test_answer_loss", answer_loss_with(),
         (
-            Bug("the clip's bounds are swapped for negative advantages", partial(answer_loss, terms=clipped_swapped),
+            Bug("the clip's bounds are swapped for negative advantages", answer_loss_with(terms=clipped_swapped),
                 "A < 0, ratio 2 or 1/2"),
-            Bug("log-probabilities are off by one", partial(answer_loss, read=logps_off_by_one),
+            Bug("log-probabilities are off by one", answer_loss_with(read=partial(logps_with, unshifted=True)),
                 "does row t predict token t + 1?"),
-            Bug("k1 as the KL loss", partial(answer_loss, kl=k1), "can the penalty be negative? k3 never is"),
-            Bug("tokens after the end count", partial(answer_loss, read=logps_with_padding),
-                "add padding: the loss must not move"),
+            Bug("k1 as the KL loss", answer_loss_with(kl=k1), "can the penalty be negative? k3 never is"),
+            Bug("tokens after the end count", answer_loss_with(read=partial(logps_with, padding=True)),
+                "add padding: the loss must not change"),
         ),
+        hints=(
+            "compute the loss yourself in a loop over the sampled tokens, for both signs of the advantage",
+            "choose old_logp so that ratios lie above 1.2, below 0.8 and near 1, ref_logp unlike logp, and padding",
+        ),
+        section="chapter 09, sections 2.3 to 2.5: the clip, the KL penalty, tokens",
     ),
 ]  # fmt: skip
