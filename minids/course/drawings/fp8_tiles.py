@@ -1,0 +1,54 @@
+"""Tiles of activations and blocks of weights along the contraction dimension, and promotion of partial sums."""
+
+from matplotlib.patches import Rectangle
+
+from minids.config import ModelConfig
+from minids.course.diagrams import INK, LOOK, STRONG, Diagram, shape
+
+TILE = 128  # tile, block and promotion interval (FACTS.md section 5)
+
+
+def fp8_tiles(config: ModelConfig | None = None) -> Diagram:
+    """Draw the first product of an expert: tokens times `gate_proj`, contraction over the hidden size."""
+    c = config or ModelConfig.preset("v3")
+    tiles, blocks = c.hidden_size // TILE, c.moe_intermediate_size // TILE
+    d = Diagram(17.2, 9.0, f"Tiles lie along the contraction, so one pair of scales serves {TILE} products")
+    d.note(0.4, 8.5, f"X: tokens × {c.hidden_size:,}, a scale per 1×{TILE}")
+    _grid(d, 0.4, 5.6, 4, 5, 1.5, 0.5, row=1)
+    d.note(8.05, 6.6, f"... {tiles} tiles\nin a row")
+    d.note(11.0, 8.5, f"W: {shape(c.hidden_size, c.moe_intermediate_size)}, a scale per {TILE}×{TILE}")
+    _grid(d, 11.0, 4.8, 4, 3, 1.1, 0.85, column=1)
+    d.note(14.5, 6.5, f"... {blocks} blocks\nacross,\n{tiles} down")
+    d.note(0.4, 5.2, "contraction K →", strong=True)
+    d.note(9.6, 5.0, "contraction\nK ↓", strong=True)
+    steps = 3
+    for k in range(steps):
+        x = 2.3 + 4.0 * k
+        d.box(f"sum {k}", x, 3.6, f"tile {k + 1} × block {k + 1}", f"{TILE} products, ~14 bits", "cache", 3.6, 0.9)
+        d.box(f"promote {k}", x, 1.1, "FP32 sum", "", "tensor", 2.2, 0.8)
+        d.arrow(f"sum {k}", f"promote {k}", "$\\times\\; s_X s_W$")
+        if k:
+            d.arrow(f"promote {k - 1}", f"promote {k}", "+")
+    d.path([(2.3 + 4.0 * (steps - 1) + 1.1, 1.1), (13.4, 1.1)])
+    d.note(13.6, 1.1, f"... after {tiles} tiles:\none element of the product")
+    d.note(12.4, 3.6, "promotion: the accumulator is\nadded in FP32 and cleared")
+    return d
+
+
+def _grid(
+    d: Diagram, left: float, bottom: float, rows: int, columns: int, width: float, height: float, **marked: int
+) -> None:
+    """Draw tiles as a grid; those of the marked `row` or `column` are shaded, as they meet in one element."""
+    face, edge, *_ = LOOK["tensor"]
+    for r in range(rows):
+        for c in range(columns):
+            hit = marked.get("row") == r or marked.get("column") == c
+            corner = (left + c * width, bottom + (rows - 1 - r) * height)
+            fill, line = (LOOK["cache"][0], STRONG) if hit else (face, edge)
+            tile = Rectangle(corner, width, height, fc=fill, ec=line, lw=1.6 if hit else 0.7, zorder=3 + hit)
+            d.axes.add_patch(tile)
+            number = c + 1 if "row" in marked else r + 1
+            if hit and number <= 3:
+                words = f"{'tile' if 'row' in marked else 'block'} {number}"
+                place = corner[0] + width / 2, corner[1] + height / 2
+                d.axes.text(*place, words, size=7.4, color=INK, ha="center", va="center", zorder=5)
