@@ -67,7 +67,7 @@ class NoMask(MTPModule):
     """In training every position sees the whole sequence, its own label included (PITFALLS, bug h)."""
 
     def forward(self, hidden, embedding, context, cache=None):
-        if context.mask is None:
+        if cache is None:
             batch, seq, _ = hidden.shape
             context = replace(context, mask=hidden.new_zeros(batch, 1, seq, seq))
         return super().forward(hidden, embedding, context, cache)

@@ -11,10 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minids.config import Fraction, check_fields
+from minids.config import Fraction, check_fields, require
+from minids.inference.compiled import FusedDecoder, load_step
 from minids.model.kv_cache import KVCache
 from minids.model.layers import at_least_float32
 from minids.model.transformer import MiniDS
+
+LOWEST_TEMPERATURE = 1e-6  # below, logits divided by it overflow in float32
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Sampling:
 
     def __post_init__(self):
         check_fields(self, may_be_zero=("temperature",))
+        usable = self.temperature == 0 or self.temperature >= LOWEST_TEMPERATURE
+        require(usable, "temperature", self.temperature, f"must be 0 (greedy) or at least {LOWEST_TEMPERATURE}")
 
     def log_probabilities(self, logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
         """Log-probabilities of the sampling distribution; -inf for tokens excluded by top_p or greedy decoding."""
@@ -90,6 +95,24 @@ def prefill(
     return hidden, tokens
 
 
+class CachedDecoder:
+    """Decoding by the model itself, from a KV cache on; has the interface of `compiled.FusedDecoder`."""
+
+    def __init__(self, model: MiniDS, cache: KVCache):
+        self.model, self.cache = model, cache
+        self.rows = torch.arange(len(cache.lengths), device=cache.lengths.device)  # of the active sequences
+
+    def step(self, tokens: Int[Tensor, "active"]) -> Float[Tensor, "active vocab"]:
+        """Add one token to each active sequence; return the logits after it."""
+        stored = torch.empty_like(tokens).index_put_((self.rows,), tokens)
+        hidden, _ = self.model.trunk(stored[:, None], self.cache)
+        return self.model.logits(hidden)[:, 0].index_select(0, self.rows)
+
+    def keep(self, rows: Int[Tensor, "kept"]) -> None:
+        """Keep only these of the active sequences."""
+        self.rows = self.cache.keep(self.rows[rows])
+
+
 @torch.inference_mode()
 def stream(
     model: MiniDS,
@@ -100,39 +123,45 @@ def stream(
     stop: Sequence[int] = (),
     generator: torch.Generator | None = None,
     prefill_chunk: int | None = None,
+    compiled: bool = False,
 ) -> Iterator[tuple[list[int], list[int], list[float]]]:
     """Generate; yield after each step the active prompts' indices, their new tokens, and the log-probabilities.
 
-    A prompt is active until one of the `stop` tokens was generated. Raises `ValueError` as `check_prompts` does.
+    A prompt is active until one of the `stop` tokens was generated. With `compiled`, decoding runs the fused step that
+    `compiled.load_step` returns (the first time for a config it compiles for about a minute), and the model itself
+    where there is no compiler. Raises `ValueError` as `check_prompts` and `load_step` do.
     """
     check_prompts(model, prompts, max_new_tokens)
+    step = load_step(model, len(prompts)) if compiled else None
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
     hidden, _ = prefill(model, prompts, cache, prefill_chunk)
-    hidden = hidden[torch.arange(len(prompts)), cache.lengths - 1][:, None]  # [batch, 1, dim]
+    last = hidden[torch.arange(len(prompts)), cache.lengths - 1][:, None]  # [batch, 1, dim]
+    logits = model.logits(last)[:, 0]
+    decoder = CachedDecoder(model, cache) if step is None else FusedDecoder(step, step.batch, cache, max_new_tokens)
     alive = list(range(len(prompts)))
-    stop = set(stop)
+    ends = set(stop)
     for left in reversed(range(max_new_tokens)):
-        tokens, logps = sampling.draw(model.logits(hidden)[:, -1], generator)
+        tokens, logps = sampling.draw(logits, generator)
         drawn = tokens.tolist()
         yield alive, drawn, logps.tolist()
-        going = [row for row, token in enumerate(drawn) if token not in stop]
+        going = [row for row, token in enumerate(drawn) if token not in ends]
         if not going or not left:
             return
         if len(going) < len(alive):
             rows = torch.tensor(going, device=tokens.device)
-            cache.keep(rows)
+            decoder.keep(rows)
             tokens = tokens[rows]
             alive = [alive[row] for row in going]
-        hidden, _ = model.trunk(tokens[:, None], cache)
+        logits = decoder.step(tokens)
 
 
 def generate(model: MiniDS, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
     """Generate a completion of each prompt, up to `max_new_tokens` tokens or a stop token, which is included.
 
-    Options as in `stream`: max_new_tokens, sampling, stop, generator, prefill_chunk. Raises `ValueError` for prompts
-    that are empty, too long or not within the vocabulary.
+    Options as in `stream`: max_new_tokens, sampling, stop, generator, prefill_chunk, compiled. Raises `ValueError` for
+    prompts that are empty, too long or not within the vocabulary, and for models that cannot be compiled.
     """
-    completions = [[] for _ in prompts]
+    completions: list[list[int]] = [[] for _ in prompts]
     for alive, drawn, _ in stream(model, prompts, **options):
         for i, token in zip(alive, drawn, strict=True):
             completions[i].append(token)

@@ -2,7 +2,7 @@
 
 Notable choices: drafts are verified by rejection sampling, so the text has exactly the distribution of plain decoding
 (greedy: the same tokens); sequences of a batch accept different numbers of tokens and have their own lengths; the cache
-slots of rejected tokens are overwritten later.
+slots of rejected tokens are overwritten later; one greedy sequence needs no distributions and has its own loop.
 """
 
 from collections.abc import Sequence
@@ -60,11 +60,12 @@ class _Sequences:
         self.known = self.known + count
         self.cache.truncate(self.known - 1)
 
-    def keep(self, rows: Int[Tensor, "kept"]) -> None:
-        """Keep only these sequences of the batch."""
-        self.cache.keep(rows)
-        self.mtp_cache.keep(rows)
+    def keep(self, rows: Int[Tensor, "kept"]) -> Int[Tensor, "kept"]:
+        """Keep only these sequences of the batch; return them in their new order."""
+        rows = rows[self.cache.keep(rows).argsort()]
+        self.mtp_cache.keep(rows.sort().values)
         self.tokens, self.hidden, self.known = self.tokens[rows], self.hidden[rows], self.known[rows]
+        return rows
 
     def draft(
         self, window: int, sampling: Sampling, generator: torch.Generator | None
@@ -151,6 +152,9 @@ def generate_speculatively(
     if depths == 0:
         raise ValueError("num_nextn_predict_layers=0: speculative decoding needs at least one MTP module")
     check_prompts(model, prompts, max_new_tokens + depths)
+    if sampling.temperature == 0 and len(prompts) == depths == 1:
+        completion, acceptance = _one_sequence_greedily(model, prompts[0], max_new_tokens, stop)
+        return [completion], acceptance
     sequences = _Sequences(model, prompts, max(map(len, prompts)) + max_new_tokens + depths)
     first = sequences.hidden[sequences.rows, sequences.known[:, None] - 1]
     token, _ = sampling.draw(model.logits(first)[:, 0], generator)
@@ -168,8 +172,8 @@ def generate_speculatively(
         if not going:
             return completions, acceptance
         if len(going) < len(alive):
-            sequences.keep(torch.tensor(going, device=sequences.known.device))
-            alive = [alive[row] for row in going]
+            kept = sequences.keep(torch.tensor(going, device=sequences.known.device))
+            alive = [alive[row] for row in kept.tolist()]
         drafts, draft_chances = sequences.draft(window, sampling, generator)
         window = min(draft_window(depths), sequences.tokens.shape[1])
         chances = sampling.probabilities(sequences.read(drafts))
@@ -179,6 +183,38 @@ def generate_speculatively(
         acceptance.rounds += len(alive)
         for depth in range(depths):
             acceptance.accepted[depth] += int((count > depth + 1).sum())
+
+
+def _one_sequence_greedily(
+    model: MiniDS, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[int]
+) -> tuple[list[int], Acceptance]:
+    """Generate as `generate_speculatively` does, with what is left of it for one greedy sequence and one module.
+
+    There are no distributions and no random numbers: a draft is accepted if it is the model's own token. The module
+    processes just the positions that are new to it, one or two per round.
+    """
+    slots, device, module = len(prompt) + max_new_tokens + 1, model.head.weight.device, model.mtp[0]
+    cache, mtp_cache = model.new_cache(1, slots), model.new_mtp_cache(1, slots)
+    new_hidden, _ = model.trunk(torch.tensor([prompt], device=device), cache)  # of the positions new to the module
+    tokens, acceptance = list(prompt), Acceptance(accepted=[0])
+    completion: list[int] = []
+    settled = [int(model.logits(new_hidden[:, -1:]).argmax())]
+    while not _extend(completion, settled, max_new_tokens, stop):
+        tokens += settled
+        following = torch.tensor([tokens[-new_hidden.shape[1] :]], device=device)
+        context = model.attention_context(following, mtp_cache)
+        hidden, _ = module(new_hidden, model.embedding(following), context, mtp_cache.layers[0])
+        mtp_cache.advance(following.shape[1])
+        draft = int(model.head(module.norm(hidden[:, -1])).argmax())
+        new_hidden, _ = model.trunk(torch.tensor([[tokens[-1], draft]], device=device), cache)
+        own, after_draft = model.logits(new_hidden)[0].argmax(-1).tolist()
+        accepted = own == draft
+        settled = [own, after_draft] if accepted else [own]
+        acceptance.rounds, acceptance.accepted[0] = acceptance.rounds + 1, acceptance.accepted[0] + accepted
+        if not accepted:
+            new_hidden = new_hidden[:, :1]
+            cache.truncate(cache.lengths - 1)
+    return completion, acceptance
 
 
 def _extend(completion: list[int], tokens: list[int], limit: int, stop: Sequence[int]) -> bool:

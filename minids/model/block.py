@@ -20,6 +20,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, dense: bool):
         super().__init__()
+        attention: type[MultiHeadLatentAttention | GroupedQueryAttention]
         attention = MultiHeadLatentAttention if config.attention == "mla" else GroupedQueryAttention
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = attention(config)

@@ -16,8 +16,8 @@ from torch import Tensor
 class AttentionContext:
     """Positions of a forward pass's tokens, their rotations, and the attention mask.
 
-    `mask` is added to the scores: 0 for visible slots, -inf for the others. Without a cache it is None: the sequence
-    starts at position 0, and attention is causal.
+    `mask` is added to the scores: 0 for visible slots, -inf for the others. Without a cache and with an empty one it is
+    None: the sequences start at position 0, and attention is causal.
     """
 
     sequence: Int[Tensor, "batch 1"]  # 0, 1, ..., batch - 1: indexes the slots of the cache together with `positions`
@@ -34,7 +34,7 @@ def write_cache(
 ) -> Float[Tensor, "batch seen width"]:
     """Write each token's entry into the slot of its position, in place; return the slots up to the longest sequence."""
     cache[context.sequence, context.positions] = entry.to(cache.dtype)
-    return cache[:, : context.mask.shape[-1]]
+    return cache[:, : entry.shape[1] if context.mask is None else context.mask.shape[-1]]
 
 
 class KVCache:
@@ -60,10 +60,22 @@ class KVCache:
         """Set the lengths; slots beyond them are overwritten later."""
         self.lengths, self.longest = lengths, int(lengths.max())
 
-    def keep(self, rows: Int[Tensor, "kept"]) -> None:
-        """Keep only these sequences of the batch."""
-        self.layers = [layer[rows] for layer in self.layers]
-        self.truncate(self.lengths[rows])
+    def keep(self, rows: Int[Tensor, "kept"]) -> Int[Tensor, "kept"]:
+        """Keep only these sequences of the batch; return the rows where they are from now on.
+
+        Only sequences beyond the new batch size are copied, to rows that are no longer needed.
+        """
+        kept, beyond = len(rows), rows >= len(rows)
+        unused = torch.ones(kept, dtype=torch.bool, device=rows.device)
+        unused[rows[~beyond]] = False
+        moved = rows.masked_scatter(beyond, unused.nonzero())
+        for layer in self.layers:
+            layer[moved[beyond]] = layer[rows[beyond]]
+        self.layers = [layer[:kept] for layer in self.layers]
+        lengths = self.lengths.clone()
+        lengths[moved] = self.lengths[rows]
+        self.truncate(lengths[:kept])
+        return moved
 
     def num_bytes(self) -> int:
         """Memory of all layers, in bytes."""

@@ -1,4 +1,7 @@
-"""RMSNorm and the SwiGLU feed-forward; no layer has a bias."""
+"""RMSNorm, the SwiGLU feed-forward (no layer has a bias), and a list of modules of one type."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minids.model.kernels import RMSNormOnCPU
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def at_least_float32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -38,3 +43,13 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ModuleList(nn.ModuleList, Generic[M]):
+    """`nn.ModuleList` of modules of one type, which type checkers then know: `ModuleList[Block]`."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[M]: ...
+
+        def __getitem__(self, index): ...

@@ -90,7 +90,7 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         query: Float[Tensor, "batch seq heads query_dim"],
         entries: Float[Tensor, "batch slots entry"],
-        mask: Float[Tensor, "batch 1 seq slots"],
+        mask: Float[Tensor, "batch 1 seq slots"] | None,
     ) -> Float[Tensor, "batch seq out"]:
         """Compute the same with W^UK applied to the query and W^UV to the output: all heads share one key and value.
 

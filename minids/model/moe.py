@@ -10,6 +10,7 @@ Notable choices:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,9 @@ class Routing:
 class Router(nn.Module):
     """Choose k experts per token and compute their gate weights (V3 eq. 12-16; V2 section 2.2; FACTS.md section 3)."""
 
+    bias: nn.Parameter | None
+    """A parameter although it has no gradient: V3's published parameter count and checkpoints include it."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -45,9 +49,10 @@ class Router(nn.Module):
         self.register_parameter("bias", bias if config.selects_with_bias else None)
 
     def _apply(self, fn, recurse=True):
+        """Move or cast the module, but keep the bias in float32: bfloat16 would round off its steps of 0.001."""
         bias = None if self.bias is None else self.bias.data
         super()._apply(fn, recurse)
-        if self.bias is not None and self.bias.dtype != torch.float32:  # bfloat16 would round off steps of 0.001
+        if self.bias is not None and self.bias.dtype != torch.float32:
             self.bias.data = bias.to(self.bias.device, torch.float32)
         return self
 
@@ -91,19 +96,36 @@ def grouped_matmul(
 ) -> Float[Tensor, "rows out"]:
     """Multiply the first `tokens_per_expert[0]` rows by `weight[0]`, the next `tokens_per_expert[1]` by `weight[1]`...
 
-    One kernel computes all experts. Autocast does not cover it, so the cast is explicit; it does not support float64,
-    for which the rows of each expert are padded to equal counts.
+    One kernel computes all experts. Autocast does not cover it, so the cast is explicit. It supports neither float64
+    nor widths whose rows are no multiple of 16 bytes; for these the rows of each expert are padded to equal counts.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    if x.dtype != torch.float64:
+    aligned = all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
+    if aligned and x.dtype != torch.float64:
         return F.grouped_mm(x, weight, offs=tokens_per_expert.cumsum(0).to(torch.int32))
     first_row = tokens_per_expert.cumsum(0) - tokens_per_expert
     expert = torch.arange(len(weight), device=x.device).repeat_interleave(tokens_per_expert)
     slot = torch.arange(len(x), device=x.device) - first_row[expert]
     padded = x.new_zeros(len(weight), int(tokens_per_expert.max()), x.shape[1]).index_put((expert, slot), x)
     return torch.bmm(padded, weight)[expert, slot]
+
+
+class Arithmetic(Protocol):
+    """Arithmetic of experts, `Experts.arithmetic`: it computes rows that are sorted by expert."""
+
+    def __call__(
+        self,
+        rows: Float[Tensor, "rows dim"],
+        weights: Float[Tensor, "rows 1"],
+        tokens_per_expert: Int[Tensor, "experts"],
+        matrices: tuple[Tensor, Tensor, Tensor],
+    ) -> Float[Tensor, "rows dim"]:
+        """Return the output of each row's expert times the gate weight; `matrices` are gate, up and down."""
+
+    def computes_in(self, weight: Tensor) -> str:
+        """Describe the precision, for `MiniDS.precision_report`."""
 
 
 class GroupedSwiGLU:
@@ -130,8 +152,8 @@ class GroupedSwiGLU:
         return str(weight.dtype).removeprefix("torch.")
 
 
-class AllExpertsHere:
-    """Dispatcher of a single process, which holds all experts: no communication."""
+class Dispatcher:
+    """Dispatch of rows to the processes of their experts and back, `Experts.dispatcher`; the default sends nothing."""
 
     def held(self, weight: Float[Tensor, "experts in out"]) -> Float[Tensor, "held in out"]:
         """Return the matrices of the experts that this process holds."""
@@ -140,7 +162,7 @@ class AllExpertsHere:
     def slots(
         self, experts: Int[Tensor, "tokens k"], tokens_per_expert: Int[Tensor, "experts"]
     ) -> tuple[Int[Tensor, "tokens k"], Int[Tensor, "slots"]]:
-        """Return the slot that computes each chosen expert, and the number of tokens per slot."""
+        """Return the slot that computes each chosen expert, and the tokens per slot; by default a slot is an expert."""
         return experts, tokens_per_expert
 
     def __call__(
@@ -152,6 +174,10 @@ class AllExpertsHere:
     ) -> Float[Tensor, "rows dim"]:
         """Call `compute(rows, weights, tokens_per_expert)`; its input and output rows are sorted by slot."""
         return compute(rows, weights, tokens_per_expert)
+
+
+class AllExpertsHere(Dispatcher):
+    """Dispatcher of a single process, which holds all experts: no communication."""
 
 
 class Experts(nn.Module):
@@ -167,7 +193,8 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(experts, dim, inner_dim))
         self.up_proj = nn.Parameter(torch.empty(experts, dim, inner_dim))
         self.down_proj = nn.Parameter(torch.empty(experts, inner_dim, dim))
-        self.arithmetic, self.dispatcher = GroupedSwiGLU(), AllExpertsHere()
+        self.arithmetic: Arithmetic = GroupedSwiGLU()
+        self.dispatcher: Dispatcher = AllExpertsHere()
 
     def forward(self, x: Float[Tensor, "batch seq dim"], routing: Routing) -> Float[Tensor, "batch seq dim"]:
         """Sum the outputs of each token's experts, weighted by the gate weights."""

@@ -21,7 +21,7 @@ def yarn_ramp_bounds(dim: int, theta: float, yarn: YaRN) -> tuple[int, int]:
     """
 
     def pair_turning(n: float) -> float:
-        return dim * math.log(yarn.original_max_position_embeddings / (2 * math.pi * n)) / (2 * math.log(theta))
+        return dim * math.log(yarn.original_max_position_embeddings / (n * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
@@ -40,7 +40,8 @@ def rotary_frequencies(dim: int, theta: float, yarn: YaRN | None, device: torch.
         if yarn is None:
             return frequency
         low, high = yarn_ramp_bounds(dim, theta, yarn)
-        interpolated = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+        # The released code divides by high - low also where it is negative (no pair turns that slowly or that fast).
+        interpolated = ((pair - low) / (high - low or 0.001)).clamp(0, 1)
         return frequency * (1 - interpolated) + frequency / yarn.factor * interpolated
 
 

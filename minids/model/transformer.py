@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from minids.config import ModelConfig
 from minids.model.block import Block
 from minids.model.kv_cache import AttentionContext, KVCache
-from minids.model.layers import RMSNorm
+from minids.model.layers import ModuleList, RMSNorm
 from minids.model.moe import Experts, Router, Routing, update_balance_bias
 from minids.model.mtp import MTPModule
 from minids.model.rope import rotations
@@ -60,12 +60,12 @@ class MiniDS(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
+        self.layers: ModuleList[Block] = ModuleList(
             Block(config, dense=i < config.first_k_dense_replace) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.num_nextn_predict_layers))
+        self.mtp: ModuleList[MTPModule] = ModuleList(MTPModule(config) for _ in range(config.num_nextn_predict_layers))
         self.initialize()
 
     def forward(self, tokens: Int[Tensor, "batch seq"], *, mtp: bool = False, cache: KVCache | None = None) -> Output:
@@ -109,7 +109,7 @@ class MiniDS(nn.Module):
         positions = torch.arange(seq, device=tokens.device).expand(batch, seq)
         dtype = self.embedding.weight.dtype
         mask = None
-        if cache is not None:
+        if cache is not None and cache.longest > 0:  # an empty one needs no mask: attention is causal
             positions = positions + cache.lengths[:, None]
             unseen = torch.arange(longest, device=tokens.device) > positions[:, None, :, None]  # [batch, 1, seq, slots]
             mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)

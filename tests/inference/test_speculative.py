@@ -39,6 +39,22 @@ def test_greedy_is_lossless_on_random_models(depths):
     assert acceptance.rounds > 0
 
 
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_one_greedy_sequence_equals_plain_decoding_and_the_general_loop(prompt, monkeypatch):
+    """Same tokens, same drafts accepted; with a stop inside a round, and on a model that accepts some drafts."""
+    model = decided(num_nextn_predict_layers=1)
+    with torch.no_grad():  # few different tokens, so that some drafts are accepted
+        model.head.weight[6:] = -1e3 * model.head.weight[:1].abs()
+    plain = generate(model, [prompt], max_new_tokens=40, sampling=GREEDY)
+    fast, acceptance = generate_speculatively(model, [prompt], max_new_tokens=40, sampling=GREEDY)
+    assert fast == plain
+    stopped, _ = generate_speculatively(model, [prompt], max_new_tokens=40, sampling=GREEDY, stop=[plain[0][5]])
+    assert stopped == generate(model, [prompt], max_new_tokens=40, sampling=GREEDY, stop=[plain[0][5]])
+    twice, general = generate_speculatively(model, [prompt] * 2, max_new_tokens=40, sampling=GREEDY)
+    assert twice == plain * 2
+    assert (2 * acceptance.rounds, 2 * acceptance.accepted[0]) == (general.rounds, general.accepted[0])
+
+
 def test_greedy_is_lossless_and_fast_on_a_trained_model(counter):
     model, tokenizer = counter
     prompts = prompts_of(tokenizer)

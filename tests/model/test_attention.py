@@ -1,5 +1,7 @@
 """Attention in all its forms: per-head loops = expanded = absorbed = chunk by chunk = token by token."""
 
+import dataclasses
+
 import plain_model as plain
 import pytest
 import torch
@@ -12,6 +14,7 @@ from minids.model.attention import GroupedQueryAttention
 from minids.model.block import Block
 from minids.model.kv_cache import KVCache
 from minids.model.mla import MultiHeadLatentAttention
+from minids.model.transformer import MiniDS
 
 SHAPES = {
     "as V3": NANO,
@@ -150,10 +153,12 @@ def test_truncate_rolls_back_and_keep_drops_rows():
         want = model(torch.cat((tokens[:, :5], other), 1)).logits[:, 5:]
         torch.testing.assert_close(model(other, cache=cache).logits, want, atol=1e-9, rtol=0)
         cache.truncate(torch.tensor([6, 7, 8]))
-        cache.keep(torch.tensor([2, 0]))
-        assert cache.lengths.tolist() == [8, 6] and cache.layers[0].shape[0] == 2
+        before = cache.layers[0].data_ptr()
+        assert cache.keep(torch.tensor([2, 0])).tolist() == [1, 0]  # only the sequence beyond the new batch has moved
+        assert cache.layers[0].data_ptr() == before
+        assert cache.lengths.tolist() == [6, 8] and cache.layers[0].shape[0] == 2
         got = model(random_tokens(2, 1, seed=7), cache=cache).logits[:, 0]
-        for row, (old, length) in enumerate([(2, 8), (0, 6)]):
+        for row, (old, length) in enumerate([(0, 6), (2, 8)]):
             past = torch.cat((tokens[old, :5], other[old]))[:length]
             alone = torch.cat((past, random_tokens(2, 1, seed=7)[row]))[None]
             torch.testing.assert_close(got[row], model(alone).logits[0, -1], atol=1e-9, rtol=0)
@@ -242,3 +247,25 @@ def test_weights_of_attention_have_v3s_count():
     with torch.device("meta"):
         attention = MultiHeadLatentAttention(ModelConfig.preset("v3"))
     assert sum(p.numel() for p in attention.parameters()) == 187_107_328
+
+
+@pytest.mark.parametrize("seq", [3, 40])
+def test_prefill_of_an_empty_cache_needs_no_mask_and_is_bit_equal(seq, monkeypatch):
+    """Causal attention without a mask against one with the mask, in the absorbed and the expanded form."""
+    model, tokens = model_of("as V3").float(), random_tokens(2, seq)
+    context = MiniDS.attention_context
+
+    def masked(self, tokens, cache=None):
+        found = context(self, tokens, cache)
+        assert found.mask is None
+        later = torch.full((tokens.shape[1],) * 2, -torch.inf).triu(1)
+        return dataclasses.replace(found, mask=later.expand(len(tokens), 1, -1, -1))
+
+    with torch.no_grad():
+        free = model.new_cache(2, seq)
+        got = model(tokens, cache=free).logits
+        monkeypatch.setattr(MiniDS, "attention_context", masked)
+        cache = model.new_cache(2, seq)
+        want = model(tokens, cache=cache).logits
+    assert torch.equal(got, want)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(free.layers, cache.layers, strict=True))

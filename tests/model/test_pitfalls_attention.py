@@ -189,6 +189,8 @@ def plant_absorbed(mp, split=lambda up, self: up.split((self.nope_dim, self.valu
         latent, key_rope = entries.split((self.kv_rank, self.rope_dim), -1)
         scores = torch.einsum("bthn,hnr,bsr->bhts", nope, key_up, latent)
         scores = scores + torch.einsum("bthd,bsd->bhts", rope, key_rope)
+        if mask is None:  # an empty cache
+            mask = torch.full_like(scores[0, 0], -torch.inf).triu(1)
         p = (scores * self.scale * scale + mask).softmax(-1)
         return torch.einsum("bhts,bsr,hvr->bthv", p, latent, value_up).flatten(-2)
 

@@ -42,9 +42,9 @@ def plant_mask(mp, visible):
         right = context(self, tokens, cache)
         if cache is None:
             return right
-        query, slots = torch.arange(tokens.shape[1])[:, None], torch.arange(right.mask.shape[-1])
-        seen = visible(query, cache.lengths[:, None, None], slots).expand(right.mask[:, 0].shape)
-        mask = torch.zeros_like(right.mask).masked_fill(~seen[:, None], -torch.inf)
+        query, slots = torch.arange(tokens.shape[1])[:, None], torch.arange(cache.longest + tokens.shape[1])
+        seen = visible(query, cache.lengths[:, None, None], slots).expand(len(tokens), len(query), len(slots))
+        mask = torch.zeros(seen[:, None].shape, dtype=self.head.weight.dtype).masked_fill(~seen[:, None], -torch.inf)
         return dataclasses.replace(right, mask=mask)
 
     mp.setattr(MiniDS, "attention_context", masked)
