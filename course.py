@@ -18,6 +18,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036 - first, because Python 3.6 to 3.10 can parse the rest but not run it
+    print(f"course.py: Python {sys.version.split()[0]} is too old: 3.11 or newer is needed", file=sys.stderr)
+    sys.exit(2)
+
 ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
 SITE_ENVIRONMENT = ROOT / ".venv-site"  # Jupyter Book and JupyterLab do not agree on the versions of what both need
@@ -27,15 +31,27 @@ def python_of(environment: Path) -> Path:
     return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
+def works(environment: Path) -> bool:
+    """Whether an environment's Python starts and has its packages: not once the Python that made it was replaced."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        return subprocess.call([python_of(environment), "-I", "-c", "import pip"], **quiet) == 0
+    except OSError:
+        return False
+
+
 def set_up(environment: Path | None = None, requirements: str = "requirements.txt") -> None:
     """Bring an environment, by default .venv, up to its requirements; does nothing when it already is."""
     environment = environment or ENVIRONMENT
     wanted = hashlib.sha256((ROOT / requirements).read_bytes()).hexdigest()
     stamp = environment / "requirements.sha256"
-    if stamp.exists() and stamp.read_text() == wanted:
+    usable = works(environment)
+    if usable and stamp.exists() and stamp.read_bytes() == wanted.encode():
         return
+    if os.pathsep in str(environment):
+        sys.exit(f"course.py: {ROOT}: no virtual environment can be in a path with {os.pathsep!r}: rename the folder")
     print(f"Setting up {environment.name} from {requirements}: once, a few minutes ...", flush=True)
-    if subprocess.call([sys.executable, "-m", "venv", environment]) != 0:
+    if subprocess.call([sys.executable, "-m", "venv", *([] if usable else ["--clear"]), environment]) != 0:
         sys.exit(f"course.py: Python could not make {environment.name} (Debian and Ubuntu: apt install python3-venv)")
     pip = [python_of(environment), "-m", "pip"]
     if subprocess.call([*pip, "install", "--quiet", "--disable-pip-version-check", "-r", requirements], cwd=ROOT) != 0:
@@ -63,9 +79,6 @@ def command_of(task: str) -> list[str]:
 
 
 def main(task: str = "lab", *options: str) -> int:
-    if sys.version_info < (3, 11):  # noqa: UP036 - this is where an older Python learns of it
-        print(f"course.py: Python {sys.version.split()[0]} is too old: 3.11 or newer is needed", file=sys.stderr)
-        return 2
     if task in ("-h", "--help"):
         print(__doc__)
         return 0

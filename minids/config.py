@@ -5,13 +5,14 @@ marked "minids only"; a config is validated once, on construction; the published
 """
 
 import dataclasses
-import math
-from collections.abc import Container
 from dataclasses import dataclass
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-Fraction = Annotated[float, "above 0 and at most 1"]
+from minids.hf_config import read_fields, write_fields
+from minids.validation import Fraction as Fraction
+from minids.validation import check_fields as check_fields
+from minids.validation import check_value as check_value
+from minids.validation import require as require
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class YaRN:
     def __post_init__(self):
         check_fields(self, may_be_zero=("mscale", "mscale_all_dim"))
         require(self.factor >= 1, "factor", self.factor, "must be at least 1")
-        require(self.beta_fast > self.beta_slow, "beta_fast", self.beta_fast, f"must exceed beta_slow={self.beta_slow}")
+        rule = f"must be at least beta_slow={self.beta_slow}"
+        require(self.beta_fast >= self.beta_slow, "beta_fast", self.beta_fast, rule)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class ModelConfig:
     vocab_size: int = 129280
     """Number of tokens in the vocabulary; at least that of the tokenizer."""
     hidden_size: int = 7168
-    """Width of the residual stream, in channels; a multiple of 8."""
+    """Width of the residual stream, in channels; multiples of 8 are fast, as experts are one grouped matmul."""
     intermediate_size: int = 18432
     """Inner width of the feed-forward in the dense layers, in channels."""
     num_hidden_layers: int = 61
@@ -89,7 +91,7 @@ class ModelConfig:
     first_k_dense_replace: int = 3
     """Number of dense layers before the first MoE layer; the number of layers makes a dense model."""
     moe_intermediate_size: int = 2048
-    """Inner width of one expert, in channels; a multiple of 8."""
+    """Inner width of one expert, in channels; multiples of 8 are fast, as for hidden_size."""
     n_routed_experts: int = 256
     """Number of routed experts in an MoE layer."""
     n_shared_experts: int = 1
@@ -161,80 +163,15 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any]) -> "ModelConfig":
-        """Read a Hugging Face `config.json` of a DeepSeek-V2 or V3 model. Raises `ValueError` for other models."""
-        model_type = fields.get("model_type")
-        if model_type not in ("deepseek_v3", "deepseek_v2"):
-            raise ValueError(f"model_type={model_type!r}: only deepseek_v3 and deepseek_v2 configs can be read")
-        for name, value in _HF_FIXED.items():
-            require(fields.get(name, value) == value, name, fields.get(name), f"only {value!r} can be read")
-        known = {f.name for f in dataclasses.fields(cls)}
-        missing = sorted(name for name in _HF_REQUIRED if fields.get(name) is None)
-        if missing:
-            raise ValueError(f"config.json lacks {missing[0]!r}, which a {model_type} model needs")
-        defaults = {"num_nextn_predict_layers": 0, "n_shared_experts": 0}
-        if model_type == "deepseek_v2":
-            defaults |= _HF_V2_DEFAULTS
-        own = defaults | {name: value for name, value in fields.items() if name in known and value is not None}
-        own["q_lora_rank"] = fields.get("q_lora_rank") or None
-        own["num_key_value_heads"] = fields["num_attention_heads"]  # unused by MLA, and null in some configs
-        rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-        require(isinstance(rope, dict), "rope_scaling", rope, "must be an object")
-        own["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", cls.rope_theta))
-        own["rope_scaling"] = _yarn_from_hf(rope)
-        own["attention"] = "mla"
-        return cls(**own)
+        """Read a Hugging Face `config.json` of a DeepSeek-V2 or V3 model (`minids.hf_config`).
+
+        Raises `ValueError` for other models, and for fields whose values mean another arithmetic.
+        """
+        return cls.from_dict(read_fields(fields))
 
     def to_hf(self) -> dict[str, Any]:
         """Return the `config.json` of `DeepseekV3ForCausalLM`. Raises `ValueError` if it cannot express this config."""
-        require(self.attention == "mla", "attention", self.attention, "Hugging Face's DeepSeek-V3 has MLA only")
-        require(self.selects_with_bias, "topk_method", self.topk_method, "only noaux_tc routing can be exported")
-        require(self.scoring_func == "sigmoid", "scoring_func", self.scoring_func, "only sigmoid can be exported")
-        fields = self.to_dict()
-        for name in ("attention", *_BALANCE_ONLY):
-            del fields[name]
-        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
-        if self.rope_scaling is not None:
-            rope |= dataclasses.asdict(self.rope_scaling) | {"rope_type": "yarn"}
-        return fields | dict(
-            architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", hidden_act="silu", attention_bias=False,
-            tie_word_embeddings=False, num_key_value_heads=self.num_attention_heads,
-            initializer_range=self.initializer_range or 0.02,  # None cannot be expressed; 0.02 is transformers' default
-            rope_interleave=True, rope_scaling=None if self.rope_scaling is None else rope, rope_parameters=rope,
-        )  # fmt: skip
-
-
-def require(holds: bool, field: str, value: Any, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{field}={value!r}: {rule}")
-
-
-def check_value(name: str, value: Any, kind: Any, may_be_zero: bool = False) -> None:
-    """Raise `ValueError` unless `value` is of the annotated `kind`.
-
-    Numbers must be finite and above 0 (or 0 with `may_be_zero`), an `int` also whole, a `Fraction` also at most 1;
-    a `Literal` must be one of its values; a `kind | None` may be None.
-    """
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        require(value in parts, name, value, f"must be one of {', '.join(map(str, parts))}")
-    elif NoneType in parts:
-        if value is not None:
-            check_value(name, value, parts[0])
-    elif kind in _NUMBERS:
-        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        fits = number and (0 < value < math.inf or may_be_zero and value == 0) and not (kind is Fraction and value > 1)
-        require(fits, name, value, f"must be {_NUMBERS[kind]}{', or 0' if may_be_zero else ''}")
-    elif isinstance(kind, type):
-        require(isinstance(value, kind), name, value, f"must be a {kind.__name__}")
-
-
-_NUMBERS = {int: "a whole number, at least 1", float: "a finite number above 0", Fraction: "above 0 and at most 1"}
-
-
-def check_fields(config: Any, may_be_zero: Container[str] = ()) -> None:
-    """Apply `check_value` to every field of a dataclass."""
-    for field in dataclasses.fields(config):
-        check_value(field.name, getattr(config, field.name), field.type, field.name in may_be_zero)
+        return write_fields(self.to_dict())
 
 
 def _check(c: ModelConfig) -> None:
@@ -262,9 +199,6 @@ def _check(c: ModelConfig) -> None:
             "must leave at least 2 experts per group",
         ),
         (c.topk_method != "greedy" or groups == kept, "topk_method", "greedy needs topk_group = n_group"),
-        # A float32 grouped matmul needs every row to start at a multiple of 16 bytes.
-        (c.hidden_size % 8 == 0, "hidden_size", "must be a multiple of 8"),
-        (c.moe_intermediate_size % 8 == 0, "moe_intermediate_size", "must be a multiple of 8"),
     ]
     for holds, field, rule in rules:
         require(holds, field, getattr(c, field), rule)
@@ -272,19 +206,6 @@ def _check(c: ModelConfig) -> None:
 
 _BALANCE_ONLY = ("expert_balance_alpha", "device_balance_alpha", "communication_balance_alpha")
 _MAY_BE_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "aux_loss_alpha")
-_HF_REQUIRED = {
-    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
-    "num_experts_per_tok",
-}  # fmt: skip
-# Fields of DeepSeek's configs that have the same value in all of them, and the defaults of absent fields in V2's.
-_HF_FIXED = dict(
-    tie_word_embeddings=False, attention_bias=False, hidden_act="silu", moe_layer_freq=1, rope_interleave=True
-)  # fmt: skip
-_HF_V2_DEFAULTS = dict(
-    scoring_func="softmax", norm_topk_prob=False, topk_method="greedy", n_group=1, topk_group=1,
-    routed_scaling_factor=1.0, first_k_dense_replace=0,
-)  # fmt: skip
 
 
 def _make(cls: type, what: str, fields: dict[str, Any]) -> Any:
@@ -293,18 +214,6 @@ def _make(cls: type, what: str, fields: dict[str, Any]) -> Any:
     if unknown:
         raise ValueError(f"unknown {what} field {unknown[0]!r}; {cls.__name__} has {', '.join(names)}")
     return cls(**fields)
-
-
-def _yarn_from_hf(rope: dict[str, Any]) -> YaRN | None:
-    """Read Hugging Face's `rope_scaling`; without mscale_all_dim the softmax scale stays unchanged."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    require(kind == "yarn", "rope_type", kind, "only default and yarn are known")
-    fields = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta")}
-    for name in ("factor", "original_max_position_embeddings"):
-        require(name in fields, "rope_scaling", rope, f"must name {name}")
-    return _make(YaRN, "rope_scaling", {"mscale_all_dim": 0.0} | fields)
 
 
 def _latent(hidden: int, layers: int, heads: int, q_rank: int, kv_rank: int, head: int, rope: int) -> dict[str, Any]:
@@ -344,7 +253,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     | dict(
         hidden_size=5120, num_hidden_layers=60, topk_method="group_limited_greedy", routed_scaling_factor=16.0,
         expert_balance_alpha=0.003, device_balance_alpha=0.05, communication_balance_alpha=0.02,
-        rope_scaling=dict(),  # the released config names no mscale, so the code's default of 1 (FACTS.md section 2.2)
+        rope_scaling=dict(),  # mscale 1: its default in the released code, named in config.json (FACTS.md section 2.2)
     ),
     "v3": dict(rope_scaling=dict()),
 }  # fmt: skip

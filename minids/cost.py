@@ -14,7 +14,9 @@ from json import loads
 from pathlib import Path
 from typing import Any, Literal
 
-from minids.config import PRESETS, Fraction, ModelConfig, check_value, require
+from minids.config import PRESETS, ModelConfig
+from minids.hf_config import DENSE_TYPES
+from minids.validation import Fraction, check_value, require
 
 Schedule = Literal["one_f_one_b", "zb1p", "dualpipe"]
 
@@ -244,7 +246,6 @@ def decode_bound(link_seconds: float, layers: int) -> float:
 
 # Reading and reporting ---------------------------------------------------------------------------------------------
 
-DENSE_TYPES = ("llama", "mistral", "qwen2")
 DENSE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -253,7 +254,7 @@ def dense_config(fields: dict[str, Any]) -> ModelConfig:
 
     Raises `ValueError` for tied embeddings, sliding-window attention and missing fields.
     """
-    shape = {name: fields.get(name) for name in DENSE_FIELDS}
+    shape: dict[str, Any] = {name: fields.get(name) for name in DENSE_FIELDS}
     for name, value in shape.items():
         require(type(value) is int and value > 0, name, value, "must be a whole number, at least 1")
     require(not fields.get("tie_word_embeddings"), "tie_word_embeddings", True, "tied embeddings are not supported")
@@ -278,9 +279,7 @@ def read_config(name: str) -> ModelConfig:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{name!r}: neither a preset ({', '.join(PRESETS)}) nor a config.json: {error}") from None
     require(isinstance(fields, dict), "config", name, "must hold a JSON object")
-    kind, kinds = fields.get("model_type"), ("deepseek_v2", "deepseek_v3", *DENSE_TYPES)
-    require(kind in kinds, "model_type", kind, f"must be one of {', '.join(kinds)}")
-    return dense_config(fields) if kind in DENSE_TYPES else ModelConfig.from_hf(fields)
+    return dense_config(fields) if fields.get("model_type") in DENSE_TYPES else ModelConfig.from_hf(fields)
 
 
 @formula

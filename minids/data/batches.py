@@ -40,7 +40,7 @@ class TokenizedCorpus:
         """Digest of all contents that determine the batches; it is stored in checkpoints."""
         digest = hashlib.sha256(repr(self.domain_names).encode())
         for array in (self.tokens, self.starts, self.domains):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
 
@@ -106,7 +106,7 @@ class BatchStream(Iterator[Batch]):
         self.seq_len = seq_len
         self.seed = seed
         self.position = 0
-        self.rows_per_epoch = _count_rows(corpus, seq_len)
+        self.rows_per_epoch = _count_rows(corpus, seq_len, "training")
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def __next__(self) -> Batch:
@@ -132,7 +132,7 @@ class BatchStream(Iterator[Batch]):
         here = self.corpus.fingerprint
         if state["corpus"] != here:
             raise ValueError(f"saved data position is of corpus {state['corpus']}, these batches are of corpus {here}")
-        self.position = state["position"]
+        self.position = int(state["position"])
 
     def _shuffle(self, epoch: int) -> tuple["_DocumentStream", Int[np.ndarray, "rows"]]:
         random = np.random.default_rng([self.seed, epoch])
@@ -149,7 +149,7 @@ def evaluation_batches(
     `seq_len`, are not targets. Raises ValueError as `BatchStream` does.
     """
     stream = _DocumentStream(corpus, np.arange(len(corpus.starts)))
-    rows = np.random.default_rng(0).permutation(_count_rows(corpus, seq_len))
+    rows = np.random.default_rng(0).permutation(_count_rows(corpus, seq_len, "validation"))
     firsts = range(0, len(rows), batch_size)[:max_batches]
     cuts = (stream.cut(rows[first : first + batch_size], seq_len) for first in firsts)
     return (Batch(*torch.from_numpy(cut)) for cut in cuts)
@@ -172,8 +172,11 @@ class _DocumentStream:
         return np.stack([tokens, documents, self.corpus.domains[documents]])
 
 
-def _count_rows(corpus: TokenizedCorpus, seq_len: int) -> int:
-    rows = (len(corpus.tokens) - 1) // seq_len
-    if rows == 0:
-        raise ValueError(f"corpus of {len(corpus.tokens)} tokens is too short for a row of {seq_len} + 1 tokens")
-    return rows
+def _count_rows(corpus: TokenizedCorpus, seq_len: int, split: str) -> int:
+    tokens = len(corpus.tokens)
+    if tokens <= seq_len:
+        raise ValueError(
+            f"{split} corpus of {tokens} tokens is too short for a row of {seq_len} + 1 tokens: "
+            f"give more text (--data), or lower seq_len (--seq-len) to at most {tokens - 1}"
+        )
+    return (tokens - 1) // seq_len

@@ -5,7 +5,6 @@ Modules are read as text, never imported. The text differs slightly between Pyth
 
 import ast
 import functools
-import inspect
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -55,8 +54,9 @@ def split_docstrings(source: str) -> tuple[str, str]:
     prose: list[str] = []
     lines = [line.encode() for line in source.split("\n")]  # ast counts columns in bytes, and breaks lines at \n only
     for node in sorted(_documented(ast.parse(source)), key=lambda node: node.body[0].lineno, reverse=True):
+        prose.insert(0, ast.get_docstring(node) or "")
         docstring = node.body[0]
-        prose.insert(0, inspect.cleandoc(docstring.value.value))
+        assert docstring.end_lineno is not None  # `ast.parse` sets it
         first, last = docstring.lineno - 1, docstring.end_lineno - 1
         before, after = lines[first][: docstring.col_offset], lines[last][docstring.end_col_offset :]
         if before.strip() or after.strip() or (len(node.body) == 1 and not isinstance(node, ast.Module)):

@@ -2,6 +2,7 @@
 
 Notable choices:
 - the first two are lossless for every string; all have the same nine special tokens, with the last ids;
+  those of imported checkpoints have others (checkpoint_tokenizer.py);
 - text cannot contain special tokens: `encode` treats "<think>" as seven characters unless `allow_special=True`;
 - the number of bytes per token is known (`token_bytes`), so losses are comparable between tokenizers as bits per byte.
 """
@@ -9,91 +10,18 @@ Notable choices:
 import json
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-import torch
-from jaxtyping import Int, Integer
+from jaxtyping import Integer
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 
-from minids.files import atomic_write_text
+from minids.data.checkpoint_tokenizer import CheckpointTokenizer
+from minids.data.tokenizer_base import FILE, SPECIAL_TOKENS, Tokenizer, byte_of_character
 
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<think>", "</think>", "<answer>", "</answer>")
-_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
 _BREAK = re.compile(r"(?<=\S\n)(?=\S)")
-_FILE = "tokenizer.json"
-
-
-class Tokenizer(ABC):
-    """Base class of the tokenizers. A subclass implements `encode_batch` and `_to_json`.
-
-    `token_texts[i]` is the UTF-8 bytes of token i. The special tokens follow, in the order of SPECIAL_TOKENS, and
-    decode to no text.
-    """
-
-    def __init__(self, token_texts: Sequence[bytes]) -> None:
-        self._text = [*token_texts, *(b"" for _ in SPECIAL_TOKENS)]
-        self._shown = [*token_texts, *(name.encode() for name in SPECIAL_TOKENS)]
-        self._special_ids = {name: len(token_texts) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self.vocab_size = len(self._text)
-        self.pad_id, self.bos_id, self.eos_id = (self._special_ids[name] for name in ("<pad>", "<bos>", "<eos>"))
-
-    @property
-    def dtype(self) -> type[np.uint16] | type[np.int32]:
-        """Dtype of `encode_batch`'s arrays: uint16 if every id fits, else int32."""
-        return np.uint16 if self.vocab_size <= 2**16 else np.int32
-
-    def token_id(self, name: str) -> int:
-        """Return the id of a special token. Raises ValueError for any other name."""
-        if name not in self._special_ids:
-            raise ValueError(f"unknown special token {name!r}: expected one of {', '.join(SPECIAL_TOKENS)}")
-        return self._special_ids[name]
-
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Encode `text` without adding <bos> or <eos>; with `allow_special`, names of special tokens become tokens.
-
-        Raises ValueError if `text` contains half of a surrogate pair, which has no UTF-8 form.
-        """
-        if not allow_special:
-            return self.encode_batch([text])[0].tolist()
-        ids: list[int] = []
-        for i, part in enumerate(_SPECIAL.split(text)):  # odd parts are the special tokens that were matched
-            ids += [self._special_ids[part]] if i % 2 else self.encode(part)
-        return ids
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
-        """Encode each text to a 1-D array of `dtype`, fast enough for a corpus. Special tokens are plain text."""
-
-    def decode(
-        self, ids: Sequence[int] | Integer[np.ndarray, "length"] | Int[Tensor, "length"], *, skip_special: bool = True
-    ) -> str:
-        """Decode `ids`. Invalid UTF-8 becomes U+FFFD; special tokens are skipped, or decoded to their names.
-
-        Raises ValueError for ids outside the vocabulary.
-        """
-        table = self._text if skip_special else self._shown
-        ids = ids if isinstance(ids, Sequence) else ids.tolist()
-        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
-            raise ValueError(f"ids range from {min(ids)} to {max(ids)}: must be in [0, {self.vocab_size})")
-        return b"".join(table[i] for i in ids).decode("utf-8", errors="replace")
-
-    def token_bytes(self) -> Int[Tensor, "vocab"]:
-        """Return the number of UTF-8 bytes per token, 0 for special tokens: bits per byte = sum(bits) / sum(bytes)."""
-        return torch.tensor([len(text) for text in self._text])
-
-    def save(self, directory: str | os.PathLike) -> None:
-        """Write `tokenizer.json` into `directory` atomically; create the folder if needed."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(directory / _FILE, self._to_json())
-
-    @abstractmethod
-    def _to_json(self) -> str: ...
 
 
 class ByteTokenizer(Tokenizer):
@@ -117,7 +45,8 @@ class BPETokenizer(Tokenizer):
     """
 
     def __init__(self, core: tokenizers.Tokenizer) -> None:
-        names = [core.id_to_token(i) for i in range(core.get_vocab_size())]
+        name_of = {i: name for name, i in core.get_vocab().items()}
+        names = [name_of[i] for i in range(core.get_vocab_size())]
         words = names[: -len(SPECIAL_TOKENS)]
         if tuple(names[len(words) :]) != SPECIAL_TOKENS:
             raise ValueError(f"a tokenizer's last ids must be {' '.join(SPECIAL_TOKENS)}, not {names[len(words) :]}")
@@ -172,6 +101,8 @@ class SymbolTokenizer(Tokenizer):
     """One token per symbol; the longest matching symbol is chosen. Other text cannot be encoded."""
 
     def __init__(self, symbols: Sequence[str]) -> None:
+        if not symbols or "" in symbols:
+            raise ValueError(f"symbols={list(symbols)}: must hold at least one symbol, and no empty one")
         super().__init__([symbol.encode() for symbol in symbols])
         longest_first = sorted(symbols, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) + "|(.)", re.DOTALL)
@@ -183,7 +114,8 @@ class SymbolTokenizer(Tokenizer):
 
     def _id(self, match: re.Match) -> int:
         if match[1] is not None:
-            raise ValueError(f"text {match.string!r}: {match[1]!r} is not a symbol of this tokenizer")
+            near = match.string[max(match.start() - 20, 0) : match.end() + 20]
+            raise ValueError(f"text ...{near!r}...: {match[1]!r} is not a symbol of this tokenizer")
         return self._ids[match[0]]
 
     def _to_json(self) -> str:
@@ -193,12 +125,13 @@ class SymbolTokenizer(Tokenizer):
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Load a tokenizer of any kind from its file, or from the directory that it was saved in.
 
-    Raises a one-line ValueError if the file is missing, damaged, or not a tokenizer of this package.
+    A tokenizer.json that minids did not write is that of a checkpoint, and is read with the files beside it. Raises a
+    one-line ValueError if the file is missing, damaged, or of an unknown kind.
     """
     path = Path(path)
-    path = path / _FILE if path.is_dir() else path
+    path = path / FILE if path.is_dir() else path
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
         content = json.loads(text)
     except OSError as error:
         raise ValueError(f"cannot read tokenizer {path}: {error.strerror}") from None
@@ -211,6 +144,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
             return SymbolTokenizer(symbols)
     if not (isinstance(content, dict) and "model" in content):
         raise ValueError(f"tokenizer {path} is of an unknown kind: neither minids' bytes nor Hugging Face's tokenizer")
+    added = content.get("added_tokens")
+    names = [token.get("content") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    if names != list(SPECIAL_TOKENS):
+        return CheckpointTokenizer(path.parent)
     try:
         return BPETokenizer(tokenizers.Tokenizer.from_str(text))
     except Exception as error:  # the library raises bare Exceptions
@@ -228,11 +165,3 @@ def _cut(text: str, length: int = 2**15) -> Iterator[str]:
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]
-
-
-def byte_of_character() -> dict[str, int]:
-    """Return GPT-2's byte alphabet: printable bytes are themselves, the others are the characters from U+0100 on."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    printable = {character: ord(character) for character in alphabet if ord(character) < 256}
-    others = (byte for byte in range(256) if byte not in printable.values())
-    return printable | {character: byte for character, byte in zip(alphabet[len(printable) :], others, strict=True)}

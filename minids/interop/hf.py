@@ -7,7 +7,9 @@ Notable choices:
 Not covered: flipped bits inside a tensor, because safetensors files have no checksums.
 """
 
+import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,27 +24,37 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minids.config import ModelConfig
+from minids.data.tokenizer_base import Tokenizer
 from minids.files import atomic_directory, save_tensors
 from minids.fp8.formats import dequantize, quantize
-from minids.interop.names import EMBEDDING, across, released_tensors, shared_copies
+from minids.interop.names import BUFFER, EMBEDDING, across, released_in_fp8, released_tensors, shared_copies
 from minids.model.transformer import MiniDS
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+FP8_BLOCK = (128, 128)
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [*FP8_BLOCK]}
+SCALES = ("F32", "BF16", "F16", "F64", "F8_E8M0")  # formats of FP8's scales; E8M0 holds powers of two
 EXPORTED = re.compile(
-    r"((|tokenizer_|generation_)config|tokenizer|model\.safetensors\.index)\.json|model(-\d{5}-of-\d{5})?\.safetensors"
+    r"((|tokenizer_|generation_)config|tokenizer|model\.safetensors\.index)\.json|chat_template\.jinja"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors"
 )
+LOG = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def save_pretrained(
-    model: MiniDS, directory: str | os.PathLike, *, fp8: bool = False, max_shard_bytes: int = 5 * 2**30
+    model: MiniDS,
+    directory: str | os.PathLike,
+    *,
+    fp8: bool = False,
+    max_shard_bytes: int = 5 * 2**30,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` and `load_pretrained` can read.
 
-    Tensors keep their dtype; with `fp8` the matrices of all linear layers and experts are written as in the release,
-    in E4M3 with a float32 scale per block of 128 x 128 (FACTS.md section 5). Above `max_shard_bytes` the tensors are
-    distributed over several files with an index.
+    Tensors keep their dtype; with `fp8` the matrices that the release has in FP8 (`released_in_fp8`) are written as
+    there, in E4M3 with a float32 scale per block of 128 x 128 (FACTS.md section 5). Above `max_shard_bytes` the tensors
+    are distributed over several files with an index. A `tokenizer` is written beside them.
     `directory` may be new, empty or an earlier export, which is replaced once the new one is complete. Raises
     `ValueError` for any other directory and for a model that a DeepSeek-V3 config cannot express, `OSError` if writing
     fails.
@@ -61,6 +73,8 @@ def save_pretrained(
     shards = _shards(tensors, max_shard_bytes)
     with atomic_directory(directory) as folder:
         _write_json(folder / CONFIG, fields)
+        if tokenizer is not None:
+            tokenizer.save(folder)
         for file, names in shards.items():
             shard = {name: tensors[name].contiguous() for name in names}
             save_tensors(shard, folder / file)
@@ -82,30 +96,37 @@ def load_pretrained(
     """Load a DeepSeek-V3 or V2 folder: a release (also in FP8), one saved by transformers, or an export of minids.
 
     The model has the dtype of the stored embedding unless `dtype` is given; FP8 weights are dequantised to it. It has
-    as many MTP modules as the files, or none if `mtp` is false. Raises `ValueError` naming the file, field or tensor
-    that is missing, unexpected, damaged, of another shape or dtype, or not DeepSeek's.
+    as many MTP modules as the files, or none if `mtp` is false; it shares embedding and head with them, so copies that
+    differ are logged and ignored, as is an MTP module that does not follow the last layer. Buffers that every reader
+    recomputes are ignored. Raises `ValueError` naming the file, field or tensor that is missing, unexpected, damaged,
+    of another shape or dtype, or not DeepSeek's.
     """
     directory = Path(directory)
-    fields = _read_json(directory / CONFIG)
-    config = _read_config(fields)
-    block = _fp8_block(fields)
+    config = read_config(directory)
+    block = _fp8_block(_read_json(directory / CONFIG))
     with ExitStack() as stack:
-        files = _open_tensors(directory, stack)
+        files = {name: file for name, file in _open_tensors(directory, stack).items() if not BUFFER.search(name)}
         least = config.num_hidden_layers + config.num_moe_layers * config.n_routed_experts
         if len(files) < least:  # a damaged config could demand a billion layers
             raise ValueError(f"{directory}: holds {len(files)} tensors, a model of its config.json at least {least}")
-        layer = {name: int(match[1]) for name in files if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-        beyond = {name: i for name, i in layer.items() if i >= config.num_hidden_layers}
-        if not mtp:
-            files = {name: file for name, file in files.items() if name not in beyond}
+        files, modules = _select_mtp(files, config.num_hidden_layers, mtp)
         with torch.device("meta"):
-            model = MiniDS(config.replace(num_nextn_predict_layers=len(set(beyond.values())) if mtp else 0))
+            model = MiniDS(config.replace(num_nextn_predict_layers=modules))
         _check_tensors(files, model, block)
 
         model.to(dtype or files[EMBEDDING].get_slice(EMBEDDING)[:1].dtype).to_empty(device=device)
         for name, place in released_tensors(model).items():
             place.copy_(across(name, _read(files, name, block)))
     return model
+
+
+def read_config(directory: str | os.PathLike) -> ModelConfig:
+    """Read the config.json of a folder that `load_pretrained` can load. Raises `ValueError` as it does."""
+    fields = _read_json(Path(directory) / CONFIG)
+    own = fields.get("minids", {})  # the fields of an export of minids that Hugging Face's cannot express
+    if not isinstance(own, dict):
+        raise ValueError(f"minids={own!r}: must be an object")
+    return ModelConfig.from_dict(ModelConfig.from_hf(fields).to_dict() | own)
 
 
 def _config_fields(model: MiniDS) -> dict[str, Any]:
@@ -121,14 +142,6 @@ def _config_fields(model: MiniDS) -> dict[str, Any]:
     }
 
 
-def _read_config(fields: dict[str, Any]) -> ModelConfig:
-    """Invert `_config_fields`; also reads the config.json of other checkpoints."""
-    own = fields.get("minids", {})
-    if not isinstance(own, dict):
-        raise ValueError(f"minids={own!r}: must be an object")
-    return ModelConfig.from_dict(ModelConfig.from_hf(fields).to_dict() | own)
-
-
 def _fp8_block(fields: dict[str, Any]) -> tuple[int, int] | None:
     """Return the block size of an FP8 checkpoint, None without quantisation. Raises ValueError for other formats."""
     quantization = fields.get("quantization_config")
@@ -142,7 +155,8 @@ def _fp8_block(fields: dict[str, Any]) -> tuple[int, int] | None:
 
 def _shards(tensors: dict[str, Tensor], max_bytes: int) -> dict[str, list[str]]:
     """Assign tensors to files in order; a new file starts if the next tensor would exceed `max_bytes`."""
-    groups, free_bytes = [[]], max_bytes
+    groups: list[list[str]] = [[]]
+    free_bytes = max_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > free_bytes and groups[-1]:
             groups.append([])
@@ -163,12 +177,13 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
         index = _read_json(directory / INDEX).get("weight_map")
         if not isinstance(index, dict) or any(not isinstance(f, str) or Path(f).name != f for f in index.values()):
             raise ValueError(f"{directory / INDEX}: weight_map must name a file beside it for each tensor")
-    files, held_by = {}, {}
+    files: dict[str, Any] = {}
+    held_by: dict[str, str] = {}
     for file in [SINGLE] if index is None else sorted(set(index.values())):
         try:
             opened = stack.enter_context(safe_open(directory / file, "pt"))
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{directory / file}: cannot be read: {error}") from None
+            raise ValueError(f"{directory / file}: cannot be read: {_reason(directory / file, error)}") from None
         files |= dict.fromkeys(opened.keys(), opened)
         held_by |= dict.fromkeys(opened.keys(), file)
     if index is not None and index != held_by:
@@ -177,51 +192,78 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, Any]:
     return files
 
 
+def _reason(path: Path, error: Exception) -> str:
+    """Return why a file cannot be read; a pointer of Git LFS is a small text in the place of the file."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            return "it is a Git LFS pointer: fetch the file itself with git lfs pull"
+    return str(error)
+
+
+def _select_mtp(files: dict[str, Any], layers: int, mtp: bool) -> tuple[dict[str, Any], int]:
+    """Return the files without unused MTP modules, and the number of MTP modules in them.
+
+    Module k is layer `layers` + k. A model that was cut to fewer layers may have kept the module of the whole model,
+    under its old number: it continues a layer that is not there.
+    """
+    matches = {name: re.match(r"model\.layers\.(\d+)\.", name) for name in files}
+    beyond = {name: int(match[1]) for name, match in matches.items() if match and int(match[1]) >= layers}
+    projected = {i for name, i in beyond.items() if ".eh_proj." in name}
+    following = layers
+    while following in projected:
+        following += 1
+    stale = {i for i in projected if i >= following}
+    if stale and mtp:
+        LOG.warning("ignored: the MTP modules in layers %s, which do not follow layer %s", sorted(stale), layers - 1)
+    used = {name: i for name, i in beyond.items() if mtp and i not in stale}
+    kept = {name: file for name, file in files.items() if name not in beyond or name in used}
+    return kept, len(set(used.values()))
+
+
 def _check_tensors(files: dict[str, Any], model: MiniDS, block: tuple[int, int] | None) -> None:
     """Compare the files' headers with the tensors of the model; only the values of shared weights are read."""
     shapes = {name: list(tensor.shape) for name, tensor in released_tensors(model).items()}
     copies = {copy: original for copy, original in shared_copies(model.config).items() if copy in files}
-    shapes |= {copy: shapes[original] for copy, original in copies.items()}
+    if EMBEDDING not in files and (other := [name for name in files if name.endswith(EMBEDDING)]):
+        raise ValueError(f"{EMBEDDING}: is missing; the files hold {other[0]}: remove the prefix from all names")
+    scales = {}
     if block is not None:
-        for name in [name for name in shapes if _may_be_fp8(name) and _scale_name(name) in files]:
+        for name in [name for name in shapes if "_proj" in name and _scale_name(name) in files]:
             rows, columns = shapes[name]
-            shapes[_scale_name(name)] = [ceil(rows / block[0]), ceil(columns / block[1])]
-    for name in sorted(shapes.keys() | files.keys()):
+            scales[_scale_name(name)] = [ceil(rows / block[0]), ceil(columns / block[1])]
+    shapes |= scales
+    for name in sorted(shapes.keys() | files.keys() - copies.keys()):
         if name not in files:
             raise ValueError(f"{name}: is missing")
         if name not in shapes:
             raise ValueError(f"{name}: is not a tensor of this model")
         stored = files[name].get_slice(name)
-        formats = ("F8_E4M3",) if _scale_name(name) in shapes else ("F64", "F32", "F16", "BF16")
+        quantized = ("F8_E4M3",) if _scale_name(name) in scales else ("F64", "F32", "F16", "BF16")
+        formats = SCALES if name in scales else quantized
         if stored.get_shape() != shapes[name]:
             raise ValueError(f"{name}: has shape {stored.get_shape()}, must have {shapes[name]}")
         if stored.get_dtype() not in formats:
             raise ValueError(f"{name}: is stored as {stored.get_dtype()}, must be one of {', '.join(formats)}")
     for copy, original in copies.items():
         if not torch.equal(files[copy].get_tensor(copy), files[original].get_tensor(original)):
-            raise ValueError(f"{copy}: differs from {original}, which a prediction layer must share")
+            LOG.warning("ignored: %s differs from %s, which the MTP module shares here", copy, original)
 
 
 def _read(files: dict[str, Any], name: str, block: tuple[int, int] | None) -> Float[Tensor, "..."]:
     """Read one tensor; FP8 tensors are dequantised block by block (PITFALLS 21)."""
     tensor = files[name].get_tensor(name)
     scale_name = _scale_name(name)
-    if scale_name not in files:
+    if block is None or scale_name not in files:
         return tensor
-    return dequantize(tensor, files[scale_name].get_tensor(scale_name), block)
+    return dequantize(tensor, files[scale_name].get_tensor(scale_name).float(), block)
 
 
 def _in_fp8(name: str, tensor: Float[Tensor, "..."]) -> dict[str, Float[Tensor, "..."]]:
     """Return the tensors of an FP8 checkpoint for `tensor`: FP8 values and their scales, or the tensor itself."""
-    if not _may_be_fp8(name):
+    if not released_in_fp8(name):
         return {name: tensor}
-    values, scale = quantize(tensor, tuple(FP8["weight_block_size"]))
+    values, scale = quantize(tensor, FP8_BLOCK)
     return {name: values, _scale_name(name): scale}
-
-
-def _may_be_fp8(name: str) -> bool:
-    """Whether a tensor may be FP8, as in the release: linear layers, but not embedding, head, gate and norms."""
-    return "_proj" in name
 
 
 def _scale_name(name: str) -> str:

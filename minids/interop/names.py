@@ -6,6 +6,8 @@ and separate [out, in] in the release (the views are transposed), and the column
 swapped (`across`). RoPE rotates adjacent pairs (2i, 2i+1) in both, so no channels are permuted.
 """
 
+import re
+
 from torch import Tensor
 
 from minids.config import ModelConfig
@@ -43,6 +45,9 @@ MTP = {
     "norm.weight": "shared_head.norm.weight",
 } | {f"block.{own}": released for own, released in BLOCK.items()}
 
+BUFFER = re.compile(r"(^|\.)rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
+"""Tensors in some checkpoints that every reader recomputes from config.json."""
+
 
 def released_name(own: str, num_hidden_layers: int) -> str:
     """Return the released name of a parameter; MTP module k is layer num_hidden_layers + k there."""
@@ -56,7 +61,7 @@ def released_name(own: str, num_hidden_layers: int) -> str:
 
 def released_tensors(model: MiniDS) -> dict[str, Tensor]:
     """Map every released name to a view of the model's parameter, in the released shape."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for own, parameter in model.named_parameters():
         name = released_name(own, model.config.num_hidden_layers)
         if parameter.ndim == 3:
@@ -64,6 +69,14 @@ def released_tensors(model: MiniDS) -> dict[str, Tensor]:
         else:
             tensors[name] = parameter.detach()
     return tensors
+
+
+def released_in_fp8(name: str) -> bool:
+    """Whether DeepSeek's releases store a tensor in FP8 (docs/ERRATA.md): the matrices of attention and feed-forward.
+
+    The embedding, the head, the gate, the norms and the MTP projection are in BF16, the balancing bias in FP32.
+    """
+    return "_proj" in name and not name.endswith(".eh_proj.weight")
 
 
 def shared_copies(config: ModelConfig) -> dict[str, str]:

@@ -5,6 +5,7 @@ a batch can be split into micro-batches; GRPO, Dr. GRPO, DAPO and GSPO are the s
 (`VARIANTS`); a mask, never a length, marks the sampled tokens.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -31,13 +32,18 @@ def group_advantages(
     """Return the group-relative advantages: (r - mean) / (std + eps), or r - mean (Dr. GRPO).
 
     The papers do not define the standard deviation; here it is the sample standard deviation, as in TRL (PITFALLS 24).
-    A group of equal rewards has advantage 0. Raises `ValueError` for groups of one, which have no standard deviation.
+    A group of equal rewards has advantage 0. Computed in float64, where squares of large rewards are finite. Raises
+    `ValueError` for groups of one, which have no standard deviation, and for rewards that are not finite.
     """
     if rewards.shape[1] < 2:
         raise ValueError(f"group_size={rewards.shape[1]}: must be at least 2, to compare answers")
-    advantages = rewards - rewards.mean(1, keepdim=True)
+    if not rewards.isfinite().all():
+        raise ValueError(f"rewards hold {rewards[~rewards.isfinite()][0].item()}: every reward must be a finite number")
+    exact = rewards.double()
+    advantages = exact - exact.mean(1, keepdim=True)
     advantages = advantages.masked_fill(is_flat(rewards)[:, None], 0.0)  # the mean of equal values has rounding error
-    return advantages / (rewards.std(1, keepdim=True) + eps) if scale_by_std else advantages
+    scaled = advantages / (exact.std(1, keepdim=True) + eps) if scale_by_std else advantages
+    return scaled.to(rewards.dtype)
 
 
 def is_flat(rewards: Float[Tensor, "groups size"]) -> Bool[Tensor, "groups"]:
@@ -51,9 +57,10 @@ def kl_estimate(
     """Estimate KL(policy || reference) per sampled token of the policy; its expectation is the KL (k2: approximately).
 
     k3 = r - log r - 1 with r = reference / policy, never negative (DeepSeekMath eq. 4). As losses the three differ: the
-    expected gradient of k1 is zero, of k2 that of the KL, of k3 that of KL(reference || policy) (PITFALLS 25).
+    expected gradient of k1 is zero, of k2 that of the KL, of k3 that of KL(reference || policy) (PITFALLS 25). Ratios
+    that would overflow are clamped and have no gradient.
     """
-    log_ratio = ref_logp - logp
+    log_ratio = _log_ratio(ref_logp, logp)
     if kind == "k1":
         return -log_ratio
     return log_ratio**2 / 2 if kind == "k2" else torch.expm1(log_ratio) - log_ratio
@@ -100,10 +107,13 @@ def grpo_loss(
     over the sequence (GSPO). `ref_logp` None omits the KL penalty. For a micro-batch, pass its rows of the whole
     batch's `token_weights` as `weights`; the losses of the micro-batches then add up to the batch's.
     Statistics, sums over the tokens: "clipped", the tokens whose gradient is clipped to zero, and "kl".
+    What stands outside the mask, infinities and NaN too, changes neither loss nor gradient; a ratio that would overflow
+    has no gradient.
     """
     if weights is None:
         weights = token_weights(mask, averaging, max_length)
-    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0)
+    logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
+    log_ratio = _log_ratio(logp, old_logp)
     if ratio == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     rho = log_ratio.exp()
@@ -112,7 +122,19 @@ def grpo_loss(
     terms = -torch.minimum(rho * advantage, clipped)
     stats = {"clipped": ((rho * advantage > clipped) & mask).sum().to(logp.dtype)}
     if ref_logp is not None:
-        kl = kl_estimate(logp, ref_logp)
+        kl = kl_estimate(logp, ref_logp.masked_fill(~mask, 0.0))
         terms = terms + kl_weight * kl
-        stats["kl"] = kl.detach().masked_fill(~mask, 0.0).sum()
+        stats["kl"] = kl.detach().sum()
     return (terms.masked_fill(~mask, 0.0) * weights.to(logp.dtype)).sum(), stats
+
+
+def _log_ratio(logp: Float[Tensor, "*shape"], other: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return logp - other, 0 where both are -inf, clamped to where the square of the ratio is finite.
+
+    Backward, an infinite ratio would give 0 * inf = NaN where its gradient is clipped to zero; beyond the clamp the
+    gradient is zero. A NaN stays NaN, also backward, so that a diverged model is noticed.
+    """
+    limit = math.log(torch.finfo(logp.dtype).max) / 2
+    same = (logp == other) & logp.isinf()
+    ratio = logp.masked_fill(same, 0.0) - other.masked_fill(same, 0.0)
+    return torch.where(ratio.abs() > limit, ratio.detach().clamp(-limit, limit), ratio)

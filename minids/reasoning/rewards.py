@@ -9,11 +9,13 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from minids.data.tokenizer import Tokenizer
 from minids.reasoning.tasks import Problem
 from minids.sandbox.judge import Verdict
 
+LARGEST = 3.4028234663852886e38  # of float32, in which advantages are computed
 TEMPLATE = ["<think>", "</think>", "<answer>", "</answer>", "<eos>"]
 
 
@@ -36,7 +38,8 @@ class Response:
 def read_response(tokens: Sequence[int], tokenizer: Tokenizer) -> Response:
     """Parse the tokens of a response, without the prompt."""
     names = {tokenizer.token_id(name): name for name in TEMPLATE}
-    tags, texts, piece = [], [], []
+    tags, texts = [], []
+    piece: list[int] = []
     for token in tokens:
         if token in names:
             tags.append(names[token])
@@ -56,10 +59,11 @@ def read_response(tokens: Sequence[int], tokenizer: Tokenizer) -> Response:
     )
 
 
-def _decode(tokens: Sequence[int], tokenizer: Tokenizer, **options: bool) -> str:
+def _decode(tokens: Sequence[int], tokenizer: Tokenizer, *, skip_special: bool = True) -> str:
     """Decode tokens; U+FFFD for tokens without text, which a model with a padded vocabulary may sample."""
     runs = itertools.groupby(tokens, lambda token: token < tokenizer.vocab_size)
-    return "".join(tokenizer.decode(list(run), **options) if known else "\ufffd" for known, run in runs)
+    texts = (tokenizer.decode(list(run), skip_special=skip_special) if known else "\ufffd" for known, run in runs)
+    return "".join(texts)
 
 
 def exact_answer(problem: Problem, response: Response) -> float:
@@ -105,7 +109,41 @@ class Score:
 
 
 Reward = Callable[[Sequence[Problem], Sequence[Response]], list[Score]]
-"""Scores a batch of responses to as many problems."""
+"""Scores a batch of responses to as many problems; `apply_reward` checks what it returns."""
+
+
+def apply_reward(reward: Reward, problems: Sequence[Problem], responses: Sequence[Response]) -> list[Score]:
+    """Score `responses` and check the scores: one per response, finite numbers, and the same parts in all.
+
+    Numbers are returned as floats. Raises a one-line `ValueError` that names the reward and what it must return.
+    """
+    name, scores = f"reward {getattr(reward, '__name__', type(reward).__name__)}", reward(problems, responses)
+    if not isinstance(scores, list | tuple):
+        found = type(scores).__name__
+        raise ValueError(f"{name}: returned a {found}, must return a list of {len(responses)} Scores, one per response")
+    if len(scores) != len(responses):
+        raise ValueError(f"{name}: returned {len(scores)} scores for {len(responses)} responses, must return one each")
+    checked: list[Score] = []
+    for i, score in enumerate(scores):
+        if not isinstance(score, Score):
+            raise ValueError(f"{name}: returned {_short(score)} for response {i}, must return Score(parts, total)")
+        if not (isinstance(score.parts, Mapping) and all(isinstance(part, str) for part in score.parts)):
+            raise ValueError(f"{name}: the parts of response {i} are {_short(score.parts)}, must map names to numbers")
+        if i and score.parts.keys() != checked[0].parts.keys():
+            ours, first = (", ".join(parts) or "none" for parts in (score.parts, checked[0].parts))
+            raise ValueError(f"{name}: response {i} has the parts {ours}, response 0 has {first}: must be the same")
+        numbers = {"total": score.total, **{f"part {part!r}": value for part, value in score.parts.items()}}
+        for what, value in numbers.items():
+            if not (isinstance(value, Real) and abs(value) <= LARGEST):  # also false for NaN
+                raise ValueError(f"{name}: the {what} of response {i} is {_short(value)}, must be a finite number")
+        checked.append(Score({part: float(value) for part, value in score.parts.items()}, float(score.total)))
+    return checked
+
+
+def _short(value: object) -> str:
+    """Return the type and the value on one line of limited length."""
+    text = " ".join(repr(value).split())
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,11 @@ def test_evaluation_is_the_same_every_time_and_a_sample_comes_from_everywhere():
 def test_too_short_a_corpus_and_bad_sizes():
     corpus = numbered_corpus([10])
     assert len(list(evaluation_batches(corpus, batch_size=2, seq_len=9))) == 1
-    for call in (lambda **sizes: BatchStream(corpus, seed=0, **sizes), lambda **s: evaluation_batches(corpus, **s)):
-        with pytest.raises(ValueError, match=r"corpus of 10 tokens is too short for a row of 10 \+ 1 tokens"):
+    remedy = r"give more text \(--data\), or lower seq_len \(--seq-len\) to at most 9$"
+    for split, call in (
+        ("training", lambda **sizes: BatchStream(corpus, seed=0, **sizes)),
+        ("validation", lambda **sizes: evaluation_batches(corpus, **sizes)),
+    ):
+        message = rf"^{split} corpus of 10 tokens is too short for a row of 10 \+ 1 tokens: {remedy}"
+        with pytest.raises(ValueError, match=message):
             call(batch_size=2, seq_len=10)

@@ -200,10 +200,17 @@ def test_max_bytes_cuts_between_characters(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8: byte 0xff at offset 10"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", b"[" * 10**5, "line 1 is not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"}\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3 is not JSON"),
+        ("a.JSONL", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.json", b'[{"text": "a"}, {"tex', "is not JSON"),
+        ("a.json", b'[{"text": "a"}, {"story": "b"}]', 'item 2 has no "text" that is a string'),
+        ("a.json", b'{"text": "a"}\n{"story": "b"}\n', 'line 2 has no "text" that is a string'),
+        ("a.json", b'[null, {"text": 3}]', 'item 2 has no "text" that is a string'),
+        ("a.txt", "größe".encode("utf-16"), "is not UTF-8: byte 0xff at offset 0"),
         ("a.jsonl", b'{"text": "a"}\n{"story": "b"}\n', 'line 2 has no "text" that is a string'),
         ("a.jsonl", b'{"text": "a"}\n"b"\n', 'line 2 has no "text" that is a string'),
-        ("a.jsonl", b'{"text": null}\n', 'line 1 has no "text" that is a string'),
+        ("a.jsonl", b'{"text": null}\n', "holds no text"),
+        ("a.jsonl", b'{"text": 3}\n', 'line 1 has no "text" that is a string'),
         ("a.jsonl", b'{"text": "a", "domain": 3}\n', 'line 1 has a "domain" that is not a string: 3'),
         ("a.jsonl", rb'{"text": "\ud800"}' + b"\n", "line 1 has no UTF-8 form"),
         ("a.jsonl", b'{"text": ""}\n', "holds no text"),
@@ -220,8 +227,8 @@ def test_bad_files_are_named_with_the_place(name, content, message, tmp_path):
 
 def test_bad_parquet_rows_are_named(tmp_path):
     path = tmp_path / "a.parquet"
-    _write_parquet(path, text=["a", None])
-    with pytest.raises(ValueError, match='row 2 has no "text"'):
+    _write_parquet(path, text=["a", "b"], domain=[None, 3])
+    with pytest.raises(ValueError, match='row 2 has a "domain" that is not a string: 3'):
         list(read_documents(str(path)))
     _write_parquet(path, story=["a"])
     with pytest.raises(ValueError, match='row 1 has no "text"'):

@@ -221,9 +221,9 @@ def _foreign(vocabulary: list[str], special: tuple[str, ...]) -> str:
         (b"[]", "of an unknown kind"),
         (b'{"type": "byte", "special_tokens": ["<pad>"]}', "of an unknown kind"),
         (b'{"type": "sentencepiece"}', "of an unknown kind"),
-        (b'{"model": {}}', "is damaged"),
+        (b'{"model": {}}', "cannot be read"),
         (_foreign(list("abc"), SPECIAL_TOKENS).encode(), "must be byte-level"),
-        (_foreign(list("abc"), SPECIAL_TOKENS[:-1]).encode(), "last ids must be"),
+        (_foreign(list("abc"), SPECIAL_TOKENS[:-1]).encode(), "must name a bos_token and an eos_token"),
     ],
 )
 def test_load_refuses_what_is_no_tokenizer(content, message, tmp_path):

@@ -95,7 +95,7 @@ def edit_tensors(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def quantize(weight, block):
+def quantize(weight, block, powers_of_two=False):
     """Blocks of E4M3 with one factor each, and what they stand for, a block at a time."""
     rows, columns = block
     quantized, meaning = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
@@ -104,18 +104,27 @@ def quantize(weight, block):
         for j in range(scale.shape[1]):
             part = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
             scale[i, j] = weight[part].abs().max() / 448
+            if powers_of_two:
+                scale[i, j] = 2.0 ** scale[i, j].log2().ceil()
             quantized[part] = (weight[part] / scale[i, j]).to(torch.float8_e4m3fn)
             meaning[part] = quantized[part].float() * scale[i, j]
     return quantized, scale, meaning
 
 
-def quantize_folder(folder, block):
-    """Turn an export into FP8 as the release is: every linear layer; returns what the tensors stand for."""
+RELEASED_IN_FP8 = ("q_a", "q_b", "kv_b", "o", "gate", "up", "down")  # and kv_a_proj_with_mqa; not eh_proj
+
+
+def quantize_folder(folder, block, parts=RELEASED_IN_FP8, scale_dtype=torch.float32):
+    """Turn an export into FP8 as the release is: some linear layers; returns what the tensors stand for.
+
+    With a `scale_dtype` of 8 bits the factors are powers of two.
+    """
     tensors = load_file(folder / "model.safetensors")
     meaning = dict(tensors)
     for name, weight in meaning.items():
-        if "_proj" in name:
-            tensors[name], tensors[f"{name}_scale_inv"], meaning[name] = quantize(weight, block)
+        if name.endswith((*(f".{part}_proj.weight" for part in parts), ".kv_a_proj_with_mqa.weight")):
+            tensors[name], scale, meaning[name] = quantize(weight, block, scale_dtype.itemsize == 1)
+            tensors[f"{name}_scale_inv"] = scale.to(scale_dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     fp8 = RELEASED_V3["quantization_config"] | {"weight_block_size": list(block)}
     edit_json(folder / "config.json", quantization_config=fp8)

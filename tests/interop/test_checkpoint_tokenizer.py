@@ -9,6 +9,7 @@ import torch
 from foreign import BEGIN, END, PADDED, VOCAB, save_checkpoint
 from transformers import AutoTokenizer
 
+from minids.data.tokenizer import load_tokenizer
 from minids.interop.hf import load_pretrained, save_pretrained
 from minids.interop.tokenizer import CheckpointTokenizer
 from minids.reasoning.rewards import read_response
@@ -95,11 +96,119 @@ def test_an_export_takes_it_along_and_can_be_repeated(folder, tmp_path):
     assert vars(again)["_special_ids"] == vars(tokenizer)["_special_ids"]
 
 
+ROLES = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<｜tool▁calls▁begin｜>", "[INST]", "<｜EOT｜>")
+
+
+@pytest.fixture
+def released(folder, tmp_path):
+    """As DeepSeek's: roles, tags and tools are added tokens that are not special, and one byte is added as text."""
+    copy = shutil.copytree(folder, tmp_path / "released")
+    core = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
+    core.add_tokens([tokenizers.AddedToken(name, special=False, normalized=i % 2 == 0) for i, name in enumerate(ROLES)])
+    core.add_tokens([tokenizers.AddedToken("ø", special=False, normalized=True)])
+    core.save(str(copy / "tokenizer.json"))
+    return copy
+
+
+@pytest.mark.parametrize("name", [*ROLES, BEGIN, END])
+def test_text_cannot_forge_any_added_token(released, name):
+    tokenizer = CheckpointTokenizer(released)
+    (token,) = tokenizer.encode(name, allow_special=True)
+    for text in (name, f"a {name}{name} b", f"{name}\n"):
+        for ids in (tokenizer.encode(text), tokenizer.encode_batch([text, "x"])[0].tolist()):
+            assert token not in ids and len(ids) > 1 and tokenizer.decode(ids) == text
+    theirs = AutoTokenizer.from_pretrained(released)
+    assert tokenizer.decode([token]) == theirs.decode([token], skip_special_tokens=True)
+
+
+def test_text_cannot_forge_a_token_whose_name_is_also_a_word(folder, tmp_path):
+    """Where the merges of the vocabulary make the name, its bytes are spelt out."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(["[INST]"] * 9, trainer)
+    (word,) = core.encode("[INST]").ids
+    core.add_tokens(["[INST]"])
+    core.add_special_tokens([BEGIN, END])
+    core.save(str(copy / "tokenizer.json"))
+    tokenizer = CheckpointTokenizer(copy)
+    assert tokenizer.encode("[INST]", allow_special=True) == [word]
+    ids = tokenizer.encode("a[INST]b")
+    assert word not in ids and tokenizer.decode(ids) == "a[INST]b"
+
+
+def test_text_cannot_forge_an_end_that_looks_like_a_word(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    core = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
+    core.add_tokens([tokenizers.AddedToken("EOS", special=False, normalized=False)])
+    core.save(str(copy / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": "EOS"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = CheckpointTokenizer(copy)
+    assert tokenizer.encode("EOS", allow_special=True) == [tokenizer.eos_id]
+    ids = tokenizer.encode("xEOS")
+    assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == "xEOS"
+
+
+def test_an_added_character_is_text_as_in_transformers(released):
+    ours, theirs = CheckpointTokenizer(released), AutoTokenizer.from_pretrained(released)
+    assert ours.encode("søt") == theirs.encode("søt", add_special_tokens=False)
+    assert len(ours.encode("ø")) == 1 and ours.decode(ours.encode("søt")) == "søt"
+
+
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_half_of_a_surrogate_pair_is_refused(released, allow_special):
+    tokenizer = CheckpointTokenizer(released)
+    for encode in (
+        lambda text: tokenizer.encode(text, allow_special=allow_special),
+        lambda t: tokenizer.encode_batch([t]),
+    ):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            encode("a\ud800")
+
+
+@pytest.mark.parametrize("eos", [1, [1, 5]])
+def test_without_its_config_the_ids_of_the_model_decide(folder, tmp_path, eos):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "tokenizer_config.json").unlink()
+    model = json.loads((copy / "config.json").read_text()) | {"bos_token_id": 0, "eos_token_id": eos}
+    (copy / "config.json").write_text(json.dumps(model))
+    tokenizer = CheckpointTokenizer(copy)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, -1)
+    tokenizer.save(tmp_path / "saved")
+    assert CheckpointTokenizer(tmp_path / "saved").eos_id == 1
+
+
+def test_a_folder_without_the_model_keeps_size_and_template(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "chat_template.jinja").write_text("{{ größe }}", encoding="utf-8")
+    CheckpointTokenizer(copy).save(tmp_path / "run")
+    loaded = load_tokenizer(tmp_path / "run")
+    assert isinstance(loaded, CheckpointTokenizer) and loaded.vocab_size == PADDED and loaded.eos_id == 1
+    assert (tmp_path / "run/tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+    assert (tmp_path / "run/chat_template.jinja").read_text(encoding="utf-8") == "{{ größe }}"
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").encode("Größe") == loaded.encode("Größe")
+
+
+def test_files_with_a_byte_order_mark_are_read(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (copy / name).write_bytes(b"\xef\xbb\xbf" + (copy / name).read_bytes())
+    assert load_tokenizer(copy).encode(TEXTS[2]) == CheckpointTokenizer(folder).encode(TEXTS[2])
+
+
 BROKEN = {
     "no bos": ("tokenizer_config.json", {"bos_token": None}, "must name a bos_token and an eos_token"),
     "unknown eos": ("tokenizer_config.json", {"eos_token": "<none>"}, "must name a bos_token and an eos_token"),
     "a number": ("tokenizer_config.json", {"eos_token": {"id": 1}}, "cannot be read: 'content'"),
     "no model": ("tokenizer.json", {"model": 3}, "cannot be read: "),
+    "a huge vocabulary": (
+        "config.json",
+        {"vocab_size": 10**12},
+        "vocab_size=1000000000000: must be at most 10,000,000",
+    ),
     "no vocabulary": ("config.json", {"vocab_size": None}, "cannot be read: "),
 }
 

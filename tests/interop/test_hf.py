@@ -52,7 +52,7 @@ def test_released_v2_lite_config():
         ("rope_scaling", {"type": "linear", "factor": 2}, "rope_type='linear': only default and yarn"),
         ("rope_scaling", {"type": "yarn", "factor": 2}, "must name original_max_position_embeddings"),
         ("rope_scaling", RELEASED_V3["rope_scaling"] | {"factor": "40"}, "factor='40': must be a finite number"),
-        ("rope_scaling", RELEASED_V3["rope_scaling"] | {"attention_factor": 1.0}, "unknown rope_scaling field"),
+        ("rope_scaling", RELEASED_V3["rope_scaling"] | {"low_freq_factor": 1.0}, "unknown rope_scaling field"),
     ],
 )
 def test_configs_that_mean_another_model_are_refused(field, value, message):

@@ -33,7 +33,7 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
-EH_PROJ, COPY = "model.layers.3.eh_proj.weight", "model.layers.3.embed_tokens.weight"
+EH_PROJ = "model.layers.3.eh_proj.weight"
 BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
     "config cut short": (lambda f: cut(f / "config.json", 100), "config.json: cannot be read"),
@@ -79,9 +79,13 @@ BROKEN = {
         in_tensors(lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)})),
         f"{UP}: is stored as F8_E4M3",
     ),
-    "another copy": (
-        in_tensors(lambda t: t.update({COPY: t[COPY] + 1})),
-        f"{COPY}: differs from model.embed_tokens.weight",
+    "another prefix": (
+        in_tensors(lambda t: t.update({f"module.{name}": t.pop(name) for name in list(t)})),
+        "model.embed_tokens.weight: is missing; the files hold module.model.embed_tokens.weight: remove the prefix",
+    ),
+    "a pointer of Git LFS": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
+        "model.safetensors: cannot be read: it is a Git LFS pointer: fetch the file itself with git lfs pull",
     ),
 }
 

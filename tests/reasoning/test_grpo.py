@@ -194,3 +194,77 @@ def test_every_variant_is_trl_s_loss(batch, variant, kl_weight):
     if settings["ratio"] == "token":
         (clipped,) = trainer._metrics["eval"]["clip_ratio/region_mean"]
         assert stats["clipped"].item() / mask.sum().item() == pytest.approx(clipped)
+
+
+# Where masks and extreme ratios meet infinity -------------------------------------------------------------------------
+
+SETTINGS_AND_KL = [(name, kl_weight) for name in SETTINGS for kl_weight in (0.0, 0.04)]
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
+
+
+def loss_and_gradient(logp, old, ref, advantages, mask, **settings):
+    logp = logp.clone().requires_grad_()
+    loss, stats = grpo_loss(logp, old, ref, advantages, mask, **settings)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    return loss.detach(), gradient, stats
+
+
+@pytest.mark.parametrize("place", ["logp", "old_logp", "ref_logp"])
+@pytest.mark.parametrize("value", [-200.0, -math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("variant", SETTINGS)
+def test_what_stands_outside_the_mask_does_not_matter(variant, value, place):
+    advantages = torch.tensor([1.0, -1.0, 2.0])
+    inputs = dict(logp=torch.full((3, 4), -1.0), old_logp=torch.full((3, 4), -1.3), ref_logp=torch.full((3, 4), -1.1))
+    settings = SETTINGS[variant] | {"kl_weight": 0.04}
+    loss, gradient, stats = loss_and_gradient(*inputs.values(), advantages, MASK, **settings)
+    inputs[place] = inputs[place].masked_fill(~MASK, value)
+    spoilt, spoilt_gradient, spoilt_stats = loss_and_gradient(*inputs.values(), advantages, MASK, **settings)
+    assert spoilt == loss and torch.equal(spoilt_gradient, gradient) and spoilt_stats == stats
+    assert (gradient[~MASK] == 0).all() and (gradient[MASK] != 0).all()
+
+
+def test_a_ratio_that_overflows_is_clipped_with_gradient_zero():
+    for old, wanted in ((-120.0, [0.0, -0.5]), (-math.inf, [0.0, -0.5])):
+        loss, gradient, stats = loss_and_gradient(
+            torch.tensor([[0.0, -1.0]]), torch.tensor([[old, -1.0]]), None, torch.ones(1), torch.ones(1, 2).bool()
+        )
+        assert loss.item() == pytest.approx(-1.1) and gradient.tolist() == [wanted] and stats["clipped"] == 1
+
+
+@pytest.mark.parametrize("variant, kl_weight", SETTINGS_AND_KL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_ratios_never_give_nan(variant, kl_weight, dtype):
+    """Every combination of log-probabilities, impossible ones among them, with advantages of each sign."""
+    values = torch.tensor([0.0, -1.0, -50.0, -120.0, -1e4, -math.inf], dtype=dtype)
+    logp, old, ref = (x.reshape(-1, 6) for x in torch.meshgrid(values, values, values, indexing="ij"))
+    mask = torch.ones_like(logp).bool()
+    for sign in (-2.0, 0.0, 2.0):
+        advantages = torch.full((len(logp),), sign, dtype=dtype)
+        settings = SETTINGS[variant] | {"kl_weight": kl_weight}
+        loss, gradient, stats = loss_and_gradient(logp, old, ref, advantages, mask, **settings)
+        assert loss.isfinite() and gradient.isfinite().all() and all(stat.isfinite() for stat in stats.values())
+
+
+def test_a_model_that_computes_nan_is_not_hidden():
+    logp = torch.tensor([[math.nan, -1.0]])
+    loss, gradient, _ = loss_and_gradient(logp, logp, None, torch.ones(1), torch.ones(1, 2).bool())
+    assert loss.isnan() and gradient.isnan().any()
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_estimators_of_impossible_tokens_are_finite(kind):
+    logp = torch.tensor([-1.0, -math.inf, -math.inf, -1e3], requires_grad=True)
+    kl = kl_estimate(logp, torch.tensor([-math.inf, -1.0, -math.inf, 0.0]), kind)
+    kl.sum().backward()
+    assert kl.isfinite().all() and logp.grad.isfinite().all() and kl[2] == 0
+
+
+def test_advantages_of_large_rewards_are_those_of_small_ones():
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 3.0]])
+    torch.testing.assert_close(group_advantages(rewards * 1e38, eps=0), group_advantages(rewards, eps=0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_advantages_of_rewards_that_are_not_finite_are_refused(value):
+    with pytest.raises(ValueError, match=f"^rewards hold {value}: every reward must be a finite number$"):
+        group_advantages(torch.tensor([[0.0, 1.0], [value, 1.0]]))

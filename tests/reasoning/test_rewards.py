@@ -1,9 +1,16 @@
+import math
+from fractions import Fraction
+
+import numpy as np
 import pytest
+import torch
 
 from minids.data.tokenizer import ByteTokenizer, SymbolTokenizer
 from minids.reasoning.rewards import (
     R1_ZERO_WEIGHTS,
     RuleReward,
+    Score,
+    apply_reward,
     exact_answer,
     has_form,
     language_consistency,
@@ -155,3 +162,72 @@ def test_the_sum_weighs_the_parts():
     assert score.parts == {"accuracy": 0, "format": 0, "language": 0.5} and score.total == 0.25
     with pytest.raises(ValueError, match="there is no part 'lenght'"):
         RuleReward({"lenght": 1.0})
+
+
+# What a reward may return --------------------------------------------------------------------------------------------
+
+
+def unchecked(parts, total):
+    """A Score as a user makes it, without the run-time check of types that these tests put on minids."""
+    score = object.__new__(Score)
+    vars(score).update(parts=parts, total=total)
+    return score
+
+
+FINE = Score({"x": 1.0}, 0.5)
+RETURNED = {
+    "None": (lambda n: None, "returned a NoneType, must return a list of 4 Scores, one per response"),
+    "one float": (lambda n: 0.5, "returned a float, must return a list"),
+    "one score": (lambda n: FINE, "returned a Score, must return a list"),
+    "a tensor": (lambda n: torch.zeros(n), "returned a Tensor, must return a list"),
+    "an array": (lambda n: np.zeros(n), "returned a ndarray, must return a list"),
+    "a generator": (lambda n: (FINE for _ in range(n)), "returned a generator, must return a list"),
+    "text": (lambda n: "good", "returned a str, must return a list"),
+    "half": (lambda n: [FINE] * (n // 2), "returned 2 scores for 4 responses, must return one each"),
+    "one too few": (lambda n: [FINE] * (n - 1), "returned 3 scores for 4 responses"),
+    "twice": (lambda n: [FINE] * n * 2, "returned 8 scores for 4 responses"),
+    "none": (lambda n: [], "returned 0 scores for 4 responses"),
+    "floats": (lambda n: [0.5] * n, "returned float 0.5 for response 0, must return Score(parts, total)"),
+    "a None": (lambda n: [FINE] * (n - 1) + [None], "returned NoneType None for response 3, must return Score"),
+    "NaN": (lambda n: [unchecked({}, math.nan)] * n, "the total of response 0 is float nan, must be a finite number"),
+    "infinity": (lambda n: [unchecked({"x": math.inf}, 1.0)] * n, "the part 'x' of response 0 is float inf, must be"),
+    "beyond float32": (lambda n: [unchecked({}, 1e39)] * n, "the total of response 0 is float 1e+39, must be"),
+    "a huge integer": (lambda n: [unchecked({}, 10**999)] * n, "the total of response 0 is int 1000000"),
+    "None as total": (lambda n: [unchecked({}, None)] * n, "the total of response 0 is NoneType None, must be"),
+    "a tensor as total": (
+        lambda n: [unchecked({}, torch.ones(()))] * n,
+        "the total of response 0 is Tensor tensor(1.)",
+    ),
+    "a complex total": (lambda n: [unchecked({}, 1j)] * n, "the total of response 0 is complex 1j, must be"),
+    "no parts": (lambda n: [unchecked(None, 1.0)] * n, "the parts of response 0 are NoneType None, must map names"),
+    "numbered parts": (lambda n: [unchecked({1: 1.0}, 1.0)] * n, "the parts of response 0 are dict {1: 1.0}, must map"),
+    "other parts": (
+        lambda n: [FINE] * (n - 1) + [unchecked({"y": 1.0, "z": 0.0}, 1.0)],
+        "response 3 has the parts y, z, response 0 has x: must be the same",
+    ),
+    "lost parts": (lambda n: [FINE, Score({}, 1.0), *[FINE] * (n - 2)], "response 1 has the parts none, response 0"),
+}
+
+
+@pytest.mark.parametrize("kind", RETURNED)
+def test_what_is_no_score_per_response_is_one_line_that_names_the_reward(kind):
+    made, message = RETURNED[kind]
+
+    def my_reward(problems, responses):
+        return made(len(responses))
+
+    with pytest.raises(ValueError) as caught:
+        apply_reward(my_reward, [PROBLEM] * 4, [read(RIGHT)] * 4)
+    assert str(caught.value).startswith(f"reward my_reward: {message}") and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("number", [1, True, np.float32(1), np.float64(1), np.int64(1), Fraction(1)])
+def test_numbers_of_any_kind_become_floats(number):
+    (score,) = apply_reward(lambda problems, responses: [unchecked({"x": number}, number)], [PROBLEM], [read(RIGHT)])
+    assert score == Score({"x": 1.0}, 1.0) and {type(score.total), type(score.parts["x"])} == {float}
+
+
+def test_a_reward_without_a_name_is_named_by_its_class():
+    with pytest.raises(ValueError, match="^reward RuleReward: returned 1 scores for 0 responses"):
+        apply_reward(type("RuleReward", (), {"__call__": lambda self, problems, responses: [FINE]})(), [], [])

@@ -14,7 +14,7 @@ from minids.model.transformer import MiniDS
 from minids.reasoning import trainer as rl_module
 from minids.reasoning.grpo import VARIANTS
 from minids.reasoning.rewards import Score
-from minids.reasoning.rollout import pad, token_logps
+from minids.reasoning.rollout import averages, pad, token_logps
 from minids.reasoning.tasks import Problem
 from minids.reasoning.trainer import Diverged, LogpMismatch, RLRecipe, RLTrainer, samples_as_text
 
@@ -249,3 +249,29 @@ def test_a_custom_reward_on_another_tokenizer_takes_few_lines():
 def test_a_recipe_that_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         RLRecipe(**changes)
+
+
+@pytest.mark.parametrize("share", [0.5, 2])
+@pytest.mark.parametrize("run", [lambda made: made.run(progress=False), lambda made: made.train_step()])
+def test_a_reward_of_the_wrong_count_ends_the_run_before_any_step(run, share):
+    def some(problems, responses):
+        return (evens(problems, responses) * 2)[: int(len(responses) * share)]
+
+    made = trainer(some)
+    before = weights_of(made.model)
+    with pytest.raises(ValueError, match="^reward some: returned [0-9]+ scores for 8 responses, must return one each$"):
+        run(made)
+    assert made.step == 0 and torch.equal(weights_of(made.model), before)
+
+
+def test_a_reward_with_other_parts_in_another_batch_is_named():
+    calls = []
+
+    def fickle(problems, responses):
+        calls.append(len(responses))
+        return [Score({f"part {len(calls)}": 1.0}, 1.0) for _ in responses]
+
+    made = trainer(fickle)
+    first, second = (made.collect()[0] for _ in range(2))
+    with pytest.raises(ValueError, match="^reward: the parts part 1 of one batch are not those of another$"):
+        averages([sample for group in first + second for sample in group])
