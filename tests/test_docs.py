@@ -280,3 +280,16 @@ def test_the_site_has_every_document():
 
 if __name__ == "__main__":
     INDEX.write_text(read(INDEX).partition(GENERATED)[0] + GENERATED + by_code(), encoding="utf-8")
+
+
+GLOSSARY = [
+    row for row in rows((ROOT / "docs/GLOSSARY.md").read_text(encoding="utf-8"), columns=4) if "chapters/" in row[2]
+]
+
+
+@pytest.mark.parametrize("term, chinese, chapter, sentence", GLOSSARY, ids=[row[0] for row in GLOSSARY])
+def test_a_term_of_the_glossary_is_used_in_its_chapter(term, chinese, chapter, sentence):
+    (target,) = links(chapter)
+    text = everything_in(Path(target).name).lower()
+    assert any(word.strip().lower() in text for word in term.split(",")), term
+    assert chinese and sentence.endswith(".") and sentence[0].isupper()
