@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from json import dumps
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from minids.inference.speculative import generate_speculatively
 from minids.interop.hf import save_pretrained
 from minids.model.transformer import MiniDS
 from minids.training.run import load_run, newest_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG = ModelConfig(
     vocab_size=512, hidden_size=256, intermediate_size=704, moe_intermediate_size=128, num_hidden_layers=6,
@@ -48,7 +51,7 @@ PROMPTS = (
 
 def training(repeats: int) -> list[dict]:
     """Compare a training step with transformers' experts implementations; float32 and AdamW on both sides."""
-    model, twin = MiniDS(CONFIG), _transformers_twin(MiniDS(CONFIG))
+    model, twin = MiniDS(CONFIG), in_transformers(MiniDS(CONFIG))
     tokens = torch.randint(CONFIG.vocab_size, (BATCH, SEQ_LEN + 1))
     ours, theirs = _training_step(model, tokens), _training_step(twin, tokens)
     rows = []
@@ -78,7 +81,7 @@ def peak_memory(repeats: int) -> list[dict]:
 def measure_peak_memory(side: str) -> int:
     """Take three training steps; return the peak memory of this process above that before them, in bytes (Linux)."""
     torch.set_num_threads(1)
-    model = MiniDS(CONFIG) if side == "minids" else _transformers_twin(MiniDS(CONFIG))
+    model = MiniDS(CONFIG) if side == "minids" else in_transformers(MiniDS(CONFIG))
     before = _memory("VmRSS")
     step = _training_step(model, torch.randint(CONFIG.vocab_size, (BATCH, SEQ_LEN + 1)))
     for _ in range(3):
@@ -95,7 +98,7 @@ def _memory(field: str) -> int:
 def decoding(repeats: int) -> list[dict]:
     """Compare cached greedy decoding with transformers' `generate`, at batch 1 and 16."""
     model = MiniDS(CONFIG).eval()
-    twin = _transformers_twin(model).eval()
+    twin = in_transformers(model).eval()
     rows = []
     for batch in (1, 16):
         prompts = torch.randint(1, CONFIG.vocab_size, (batch, 16))
@@ -197,7 +200,7 @@ def _training_step(
     return step
 
 
-def _transformers_twin(model: MiniDS) -> torch.nn.Module:
+def in_transformers(model: MiniDS) -> "PreTrainedModel":
     """Return transformers' model with the same weights, and the experts implementation that trains fastest."""
     from transformers import AutoModelForCausalLM  # slow to import; only this command needs it
 
@@ -249,7 +252,8 @@ def startup(repeats: int) -> list[dict]:
     return rows
 
 
-QUESTIONS = {
+Question = Literal["train", "memory", "decode", "experts", "context", "speculative", "startup"]
+QUESTIONS: dict[Question, Callable[[int], list[dict]]] = {
     "train": training,
     "memory": peak_memory,
     "decode": decoding,
@@ -265,7 +269,7 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def bench_command(
-    names: Positional[tuple[Literal[*QUESTIONS], ...]] = tuple(QUESTIONS), repeats: int = 7, json: bool = False
+    names: Positional[tuple[Question, ...]] = tuple(QUESTIONS), repeats: int = 7, json: bool = False
 ) -> None:
     """Compare this package with transformers, and print ratios with their spread.
 

@@ -1,6 +1,7 @@
 """`minids rl`: train a base model with rule-based rewards alone, as R1-Zero."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from minids.reasoning.r1_zero import BASE_RECIPE, base_config, base_trainer, loa
 from minids.reasoning.rewards import R1_ZERO_WEIGHTS
 from minids.reasoning.tasks import TASKS, Task, TaskName
 from minids.reasoning.trainer import RLRecipe, RLTrainer, check
-from minids.training.run import RUNS, check_new, read_metrics, read_run, write_run
+from minids.training.run import described_by, new_run, read_metrics, read_run, write_run
+from minids.validation import check_value
 
-BESIDE_RESUME = {"--resume", "--weaker-sandbox", "--device"}
+BESIDE_RESUME = {"--resume", "--device"}
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -33,7 +35,6 @@ def rl_command(
     base_steps: int = BASE_RECIPE.steps,
     name: str | None = None,
     resume: Path | None = None,
-    weaker_sandbox: bool = False,
     device: Device = "auto",
 ) -> None:
     """Train a base model with rule-based rewards, as R1-Zero, and store the run under runs/.
@@ -48,50 +49,48 @@ def rl_command(
         base_steps: Optimizer steps of that pre-training.
         name: Name of the run's folder under runs/; by default rl-TASK.
         resume: Folder of a run to resume; all settings are then read from there.
-        weaker_sandbox: Fall back to Landlock and seccomp where bubblewrap is unavailable (task program only).
         device: Device to train on; auto selects CUDA where available.
     """
     device = choose_device(device)
     if resume is not None:
-        carry_out(resume, weaker_sandbox, device)
+        carry_out(resume, device)
         return
-    directory = RUNS / (name or f"rl-{task}")
-    check_new(directory)
+    directory = new_run(name or f"rl-{task}")
     if variant is not None:
         recipe = dataclasses.replace(recipe, **VARIANTS[variant])
+    check_value("format_weight", format_weight, float, may_be_zero=True)
+    check_value("language_weight", language_weight, float, may_be_zero=True)
     weights = {"accuracy": 1.0, "format": format_weight, "language": language_weight}
     family = TASKS[task]()
     dataclasses.replace(BASE_RECIPE, steps=base_steps)  # raises for impossible steps, before anything is written
-    rule_reward(task, weights, weaker_sandbox)  # raises for unknown weights and an unavailable sandbox
+    rule_reward(task, weights)  # raises for unknown weights and an unavailable sandbox
     config = base_config(family.tokenizer.vocab_size) if base is None else load_base(base, family).config
     check(config, family.tokenizer, family, recipe)
     plan = dict(task=task, weights=weights, base=base and str(base.resolve()), base_steps=base_steps)
     family.tokenizer.save(directory)
     write_run(directory, "rl", plan | {"recipe": dataclasses.asdict(recipe)})
-    carry_out(directory, weaker_sandbox, device)
+    carry_out(directory, device)
 
 
-def carry_out(directory: Path, weaker_sandbox: bool, device: str) -> None:
+def carry_out(directory: Path, device: str) -> None:
     """Start or resume the run that run.json describes."""
-    plan = read_run(directory)
+    plan, quoted = read_run(directory), shlex.quote(str(directory))
     if plan["kind"] != "rl":
-        raise ValueError(f"{directory} was made by {plan['kind']}: to train its model, use --base {directory}")
-    try:
+        raise ValueError(f"{directory} was made by {plan['kind']}: to train its model, use --base {quoted}")
+    with described_by(directory):
         task, recipe = TASKS[plan["task"]](), RLRecipe(**plan["recipe"])
-        reward = rule_reward(plan["task"], plan["weights"], weaker_sandbox)
         base_recipe = dataclasses.replace(BASE_RECIPE, steps=plan["base_steps"], seed=recipe.seed)
-        base = plan["base"] and Path(plan["base"])
-    except (KeyError, TypeError):
-        raise ValueError(f"{directory / 'run.json'} is damaged: not the description of a run") from None
+        base, name, weights = plan["base"] and Path(plan["base"]), plan["task"], dict(plan["weights"])
+    reward = rule_reward(name, weights)
     model = load_base(base, task) if base else _train_base(directory, task, base_recipe, device)
     if model is None:
-        print(f"Stopped. Resume with:\n    python -m minids rl --resume {directory}")
+        print(f"Stopped. Resume with:\n    python -m minids rl --resume {quoted}")
         return
     trainer = RLTrainer(model.to(device), task.tokenizer, task, reward, recipe)
     print(f"{directory}: reinforcement learning of {model.num_parameters():,} parameters", flush=True)
     trainer.run(directory=directory)
     if trainer.step < recipe.steps:
-        print(f"\nStopped after step {trainer.step}. Resume with:\n    python -m minids rl --resume {directory}")
+        print(f"\nStopped after step {trainer.step}. Resume with:\n    python -m minids rl --resume {quoted}")
         return
     _report(directory)
 
@@ -105,9 +104,10 @@ def _train_base(directory: Path, task: Task, recipe: Any, device: str) -> MiniDS
 
 
 def _report(directory: Path) -> None:
-    before, *_, after = (metrics for metrics in read_metrics(directory) if "held_out/pass@1" in metrics)
+    evaluated = [metrics for metrics in read_metrics(directory) if "held_out/pass@1" in metrics]
+    before, after = (evaluated[0], evaluated[-1]) if evaluated else ({}, {})  # without metrics.jsonl
     for name in (name for name in after if name.startswith("held_out/pass") and not name.endswith("interval")):
         (old, old_half), (new, new_half) = ((m[name], m[f"{name}_interval"]) for m in (before, after))
         print(f"{name}: {old:.3f} ± {old_half:.3f} before, {new:.3f} ± {new_half:.3f} after")
     print(f"Stored in {directory}/: checkpoints, metrics.jsonl, samples/. Next:")
-    print(f"    python -m minids sample {directory} --prompt 'a7 b+8 c-9?'")
+    print(f"    python -m minids sample {shlex.quote(str(directory))} --prompt 'a7 b+8 c-9?'")

@@ -2,14 +2,14 @@
 
 from json import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tyro.conf import Positional
 
 from minids.cli.options import call
 from minids.parallel.gantt import gantt
 from minids.parallel.schedule import Action, Pair, Schedule, Timeline
-from minids.parallel.schedules import SCHEDULES, compare
+from minids.parallel.schedules import SCHEDULES, ScheduleName, compare
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -17,7 +17,7 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def schedule_command(
-    name: Positional[Literal[*SCHEDULES]] = "dualpipe",
+    name: Positional[ScheduleName] = "dualpipe",
     ranks: int = 8,
     micro_batches: int = 20,
     F: float = 1,

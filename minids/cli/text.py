@@ -1,21 +1,34 @@
 """Print a prompt and a model's continuation on the terminal, token by token."""
 
-from typing import Any
+import torch
 
 from minids.data.tokenizer import Tokenizer
-from minids.inference.generate import stream
+from minids.inference.generate import Sampling, stream
 from minids.inference.speculative import generate_speculatively
 from minids.model.transformer import MiniDS
 
 
 def print_continuation(
-    model: MiniDS, tokenizer: Tokenizer, prompt: str, speculative: bool = False, **options: Any
+    model: MiniDS,
+    tokenizer: Tokenizer,
+    prompt: str,
+    speculative: bool = False,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+    compiled: bool = False,
 ) -> None:
-    """Print the prompt and its continuation, token by token; `options` are those of `generate.stream`."""
+    """Print the prompt and its continuation, token by token, up to `max_new_tokens` tokens or <eos>.
+
+    Raises `ValueError` as `generate.stream` does.
+    """
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     stop = [tokenizer.eos_id]
     if speculative:
-        (completion,), acceptance = generate_speculatively(model, [ids], stop=stop, **options)
+        (completion,), acceptance = generate_speculatively(
+            model, [ids], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, generator=generator
+        )
         print(prompt + tokenizer.decode(completion))
         if acceptance.rounds:
             rate, gain = acceptance.rate(), acceptance.tokens_per_round
@@ -25,7 +38,16 @@ def print_continuation(
         return
     print(prompt, end="", flush=True)
     completion, shown = [], ""
-    for _, (token,), _ in stream(model, [ids], stop=stop, **options):
+    steps = stream(
+        model,
+        [ids],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        generator=generator,
+        compiled=compiled,
+    )
+    for _, (token,), _ in steps:
         completion.append(token)
         text = tokenizer.decode(completion)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens

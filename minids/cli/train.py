@@ -2,9 +2,10 @@
 
 import dataclasses
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -13,17 +14,19 @@ import tyro
 from minids.cli.options import Device, check_resume, choose_device, given, parse
 from minids.cli.text import print_continuation
 from minids.config import ModelConfig
-from minids.data.tokenizer import load_tokenizer
+from minids.data.tokenizer import Tokenizer, load_tokenizer
 from minids.inference.generate import Sampling
 from minids.model.transformer import MiniDS
 from minids.parallel.launch import announce_run, creates_run, processes, wait_for_run
 from minids.parallel.layout import Layout
 from minids.training.checkpoint import load_model
-from minids.training.metrics import summary_writer
+from minids.training.memory import check_training
+from minids.training.metrics import Metrics, summary_writer
 from minids.training.pretrain import Recipe, TextData, Trainer
 from minids.training.pretraining_run import PretrainingRun, create_run, read_text
 from minids.training.run import free_name, load_run, model_folder, read_metrics
 
+VALIDATION = "validation_bits_per_byte"
 BESIDE_RESUME = {"--resume", "--steps", "--parallel", "--tensorboard", "--profile", "--device"}
 
 
@@ -48,7 +51,7 @@ class Options:
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Folder of a run or an imported model; start from its weights, sizes and tokenizer, with a new recipe."""
     resume: Path | None = None
-    """Folder of a run to resume; a larger --steps trains longer, all other settings are read from there."""
+    """Folder of a run to resume; a larger --steps trains longer, with the learning-rate schedule stretched to it."""
     parallel: str = ""
     """Layout of torchrun's processes, such as ep=2,dp=2 or pp=4,schedule=zbv; by default all are data parallel."""
     tensorboard: bool = False
@@ -70,7 +73,7 @@ def run(command: str, arguments: list[str]) -> None:
     if options.tensorboard:
         summary_writer()  # raises for a missing package before anything is written
     with processes(device) as world:
-        directory, plan, text = _open_run(options, "--steps" in named, world)
+        directory, plan, text = _open_run(options, "--steps" in named, world, device)
         layout = Layout.parse(options.parallel, world, plan.config.num_hidden_layers)
         trainer = _make_trainer(plan, text, layout, device, options.profile)
         if trainer.writes_files:
@@ -79,7 +82,7 @@ def run(command: str, arguments: list[str]) -> None:
             print(f"{len(text.train.tokens):,} tokens of text, {len(text.validation.tokens):,} held out", flush=True)
         trainer.run(directory=directory, tensorboard=options.tensorboard)
     if trainer.writes_files:
-        _report(directory, plan.recipe, device)
+        _report(directory, trainer.step, plan.recipe.steps, device)
 
 
 def _defaults(arguments: list[str]) -> Options:
@@ -93,17 +96,18 @@ def _defaults(arguments: list[str]) -> Options:
     return Options(preset=preset, model=ModelConfig.preset(preset))
 
 
-def _open_run(options: Options, more_steps: bool, world: int) -> tuple[Path, PretrainingRun, TextData]:
+def _open_run(options: Options, more_steps: bool, world: int, device: str) -> tuple[Path, PretrainingRun, TextData]:
     """Return the run's folder, plan and text; one process creates or resumes the run, the others wait for it."""
     text = None
     if creates_run():
         if options.resume:
-            directory, plan = options.resume, _resumed(options, more_steps)
-            _check_layout(options, plan, world)
-            plan.save(directory)
+            directory, plan = options.resume, _resumed(options.resume, options, more_steps)
+            _check_size(options, plan, world, device)
+            if more_steps:
+                plan.save(directory)
         else:
             plan, tokenizer = _new(options)
-            _check_layout(options, plan, world)
+            _check_size(options, plan, world, device)
             directory, text = create_run(plan, tokenizer, options.name or free_name(options.preset))
         announce_run(directory)
     else:
@@ -112,24 +116,27 @@ def _open_run(options: Options, more_steps: bool, world: int) -> tuple[Path, Pre
     return directory, plan, text or read_text(plan, load_tokenizer(directory))
 
 
-def _check_layout(options: Options, plan: PretrainingRun, world: int) -> None:
+def _check_size(options: Options, plan: PretrainingRun, world: int, device: str) -> None:
+    """Raise `ValueError` where the layout is impossible or the memory too small, before anything is allocated."""
     layout = Layout.parse(options.parallel, world, plan.config.num_hidden_layers)
     layout.check(plan.config, plan.recipe, world)
+    exact = options.resume or options.start_from  # else the vocabulary is that of a tokenizer not yet known
+    config = plan.config if exact else plan.config.replace(vocab_size=1)
+    check_training(config, plan.recipe, device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world)
 
 
-def _new(options: Options) -> tuple[PretrainingRun, Any]:
+def _new(options: Options) -> tuple[PretrainingRun, Tokenizer | str]:
     """Return the plan of a new run, and its tokenizer or the name of one."""
-    source, config, tokenizer = options.start_from, options.model, options.tokenizer
-    if source is not None:
-        model, tokenizer = load_run(source)
-        config = model.config
-    start = None if source is None else str(source.resolve())
-    return PretrainingRun(config, options.recipe, options.data, options.max_bytes, start), tokenizer
+    plan = PretrainingRun(options.model, options.recipe, options.data, options.max_bytes)
+    if options.start_from is None:
+        return plan, options.tokenizer
+    model, tokenizer = load_run(options.start_from)
+    return dataclasses.replace(plan, config=model.config, start_from=str(options.start_from.resolve())), tokenizer
 
 
-def _resumed(options: Options, more_steps: bool) -> PretrainingRun:
+def _resumed(directory: Path, options: Options, more_steps: bool) -> PretrainingRun:
     """Return the plan of the run to resume, with a larger number of steps if requested."""
-    plan, steps = PretrainingRun.load(options.resume), options.recipe.steps
+    plan, steps = PretrainingRun.load(directory), options.recipe.steps
     if not more_steps or steps == plan.recipe.steps:
         return plan
     if steps < plan.recipe.steps:
@@ -151,27 +158,39 @@ def _make_trainer(plan: PretrainingRun, text: TextData, layout: Layout, device: 
     return ParallelTrainer(model, text, plan.recipe, layout, device, profile)
 
 
-def _report(directory: Path, recipe: Recipe, device: str) -> None:
+def _report(directory: Path, step: int, steps: int, device: str) -> None:
     """After training, write the loss curve, and print a sample and the next commands."""
-    metrics = read_metrics(directory)
+    metrics, quoted = read_metrics(directory), shlex.quote(str(directory))
+    _draw(metrics, directory / "loss.png")
+    if step < steps:
+        print(f"\nStopped after step {step} of {steps}; everything is saved. Resume with:")
+        print(f"    python -m minids train --resume {quoted}")
+        return
+    validation = next((m[VALIDATION] for m in reversed(metrics) if VALIDATION in m), None)
+    print(f"\nValidation: {validation:.3f} bits per byte. A sample:\n" if validation else "\nA sample:\n")
+    model, tokenizer = load_run(directory, device)
+    generator = torch.Generator(model.head.weight.device).manual_seed(0)
+    sampling = Sampling(0.7, 0.95)
+    prompt = "The with statement"
+    room = model.config.max_position_embeddings - 1 - len(tokenizer.encode(prompt))  # an imported context may be short
+    if room > 0:
+        print_continuation(
+            model, tokenizer, prompt, max_new_tokens=min(300, room), sampling=sampling, generator=generator
+        )
+    figure = ", loss.png" if (directory / "loss.png").exists() else ""
+    print(f"\nStored in {directory}/: checkpoints, metrics.jsonl{figure}. Next:")
+    print(f"    python -m minids sample {quoted} --prompt 'import os'")
+    print(f"    python -m minids export {quoted} my-model      # a folder that transformers loads")
+
+
+def _draw(metrics: list[Metrics], path: Path) -> None:
+    """Write the loss curve, if there are metrics to draw and matplotlib to draw them."""
+    if not metrics:
+        print(f"no loss.png: {path.with_name('metrics.jsonl')} is missing or empty")
+        return
     try:
         from minids.course.plots import loss_curve
     except ImportError as error:
         print(f"no loss.png: {error.name} is missing (pip install 'minids[course]')")
     else:
-        loss_curve(metrics).savefig(directory / "loss.png", dpi=120)
-    if metrics[-1]["step"] < recipe.steps:
-        print(f"\nStopped after step {metrics[-1]['step']} of {recipe.steps}; everything is saved. Resume with:")
-        print(f"    python -m minids train --resume {directory}")
-        return
-    print(f"\nValidation: {metrics[-1]['validation_bits_per_byte']:.3f} bits per byte. A sample:\n")
-    model, tokenizer = load_run(directory, device)
-    generator = torch.Generator(model.head.weight.device).manual_seed(0)
-    sampling = Sampling(0.7, 0.95)
-    print_continuation(
-        model, tokenizer, "The with statement", max_new_tokens=300, sampling=sampling, generator=generator
-    )
-    figure = ", loss.png" if (directory / "loss.png").exists() else ""
-    print(f"\nStored in {directory}/: checkpoints, metrics.jsonl{figure}. Next:")
-    print(f"    python -m minids sample {directory} --prompt 'import os'")
-    print(f"    python -m minids export {directory} my-model      # a folder that transformers loads")
+        loss_curve(metrics).savefig(path, dpi=120)

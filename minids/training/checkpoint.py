@@ -6,6 +6,8 @@ destination, flushed to the disk and renamed, so a crash at any time leaves the 
 
 import hashlib
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from minids.files import atomic_directory, save_tensors
 from minids.fp8.linear import convert_to_fp8
 from minids.model.transformer import MiniDS
 
+LOG = logging.getLogger(__name__)
 # Tensor names of version 0.1, and the names that replaced them.
 OLD_NAMES = {
     "attention.q_proj.0.weight": "attention.q_down_proj.weight",
@@ -56,18 +59,39 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read a checkpoint: (tensors, state). Raises `ValueError` naming a file that is missing, damaged or changed."""
-    state, tensors = read_state(folder), {}
-    for path in folder.glob("*.safetensors"):
+    """Read a checkpoint: (tensors, state). Raises `ValueError` naming a file that is missing, damaged or changed.
+
+    Only the files that state.json names are read; others are logged and ignored.
+    """
+    fields = _read_fields(folder)
+    tensors = {}
+    if extra := sorted({path.name for path in folder.iterdir()} - fields["files"].keys() - {"state.json"}):
+        LOG.warning("ignored: %s in %s, which its state.json does not name", ", ".join(extra), folder)
+    for path in (folder / name for name in fields["files"] if name.endswith(".safetensors")):
         try:
             tensors[path.stem] = {present_name(name): tensor for name, tensor in load_file(path).items()}
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
-    return tensors, state
+    return tensors, fields["state"]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Read the state of a checkpoint and verify all its files. Raises `ValueError` if one is missing or damaged."""
+    return dict(_read_fields(folder)["state"])
+
+
+def _read_fields(folder: Path) -> dict[str, Any]:
+    """Read and verify what `write_state` wrote: "files", the digests by name, and "state"."""
+    try:
+        return _verified_fields(folder)
+    except ValueError as error:
+        older = [path for path in checkpoints(folder.parent) if path < folder and _is_whole(path)]
+        again = "no earlier checkpoint is whole: start the run again"
+        remedy = f"delete {folder} to go on from {older[-1].name}" if older else again
+        raise ValueError(f"{error}; {remedy}") from None
+
+
+def _verified_fields(folder: Path) -> dict[str, Any]:
     try:
         fields = json.loads((folder / "state.json").read_text())
         intact = fields.pop("digest") == _digest_of_fields(fields)
@@ -76,19 +100,32 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise ValueError(f"{folder / 'state.json'} is damaged: its checksum does not match; {_remedy(folder)}")
+        raise ValueError(f"{folder / 'state.json'} is damaged: its checksum does not match")
     for name, digest in fields["files"].items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing from the checkpoint; {_remedy(folder)}")
+            raise ValueError(f"{path} is missing from the checkpoint")
         if _digest(path) != digest:
-            raise ValueError(f"{path} is damaged: its checksum does not match; {_remedy(folder)}")
-    return fields["state"]
+            raise ValueError(f"{path} is damaged: its checksum does not match")
+    return dict(fields)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _verified_fields(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Find the folders `step-<number>` in `directory`, in the order of their steps."""
+    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """Find the `step-...` folder with the highest step in `directory`; None if there is none."""
-    return max(directory.glob("step-*"), default=None)
+    """Find the checkpoint with the highest step in `directory`; None if there is none."""
+    return max(checkpoints(directory), default=None)
 
 
 def load_model(directory: Path) -> MiniDS:
@@ -127,7 +164,7 @@ def load_optimizer_tensors(
     for name, tensor in tensors.items():
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters.get(parameter_name)
-        if parameter not in owners:
+        if parameter is None or parameter not in owners:
             raise ValueError(f"checkpoint holds optimizer state of {parameter_name!r}, which this model does not train")
         owners[parameter].state[parameter][key] = tensor[0].cpu() if key == "step" else tensor.to(parameter.device)
 
@@ -145,10 +182,6 @@ def set_random_states(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _remedy(folder: Path) -> str:
-    return f"delete {folder} to go on from an earlier checkpoint"
 
 
 def _digest_of_fields(fields: dict[str, Any]) -> str:

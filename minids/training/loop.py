@@ -8,6 +8,7 @@ import dataclasses
 import shutil
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from minids.model.transformer import MiniDS
 from minids.training.checkpoint import (
+    checkpoints,
     latest_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
@@ -36,12 +38,10 @@ class Diverged(ArithmeticError):
     """The loss or the gradient is infinite or NaN, or the loss far exceeds that of a uniform prediction."""
 
 
-class Loop:
-    """State and loop of a training run. Subclasses implement `train_step`, `evaluation_metrics` and `progress_message`.
+class Loop(ABC):
+    """State and loop of a training run; a subclass defines the step, the evaluation and the progress message.
 
-    `train_step()` takes one optimizer step, increments `step` and returns its metrics; `evaluation_metrics(directory)`
-    returns the metrics of an evaluation, every `evaluate_every` steps; `progress_message(metrics)` is shown on the
-    progress bar. `recipe` has the fields `steps`, `evaluate_every`, `checkpoint_every` and `clip_norm`.
+    `recipe` has the fields `steps`, `evaluate_every`, `checkpoint_every` and `clip_norm`.
     """
 
     writes_files = True  # false on all ranks but one in distributed training
@@ -49,6 +49,18 @@ class Loop:
 
     def __init__(self, model: MiniDS, recipe: Any, optimizers: list[torch.optim.Optimizer]):
         self.model, self.recipe, self.optimizers, self.step = model, recipe, optimizers, 0
+
+    @abstractmethod
+    def train_step(self) -> Metrics:
+        """Take one optimizer step, increment `step`, and return the metrics of the step."""
+
+    @abstractmethod
+    def evaluation_metrics(self, directory: Path | None) -> Metrics:
+        """Return the metrics of an evaluation, every `evaluate_every` steps; files may be written to `directory`."""
+
+    @abstractmethod
+    def progress_message(self, metrics: Metrics) -> str:
+        """Return the text beside the progress bar after a step with these metrics."""
 
     def run(
         self,
@@ -80,9 +92,9 @@ class Loop:
             self.load(newest)
         written = directory if self.writes_files else None
         history, hidden = [], not (progress and self.writes_files)
-        bar = tqdm(total=steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
-        file = metrics_file(written, self.step or -1, tensorboard)
-        with bar, stop_requests() as stop_requested, file as write:
+        settings = {"initial": self.step, "unit": "step", "disable": hidden, "dynamic_ncols": True}
+        file = metrics_file(written, self.step or -1, tensorboard)  # first: it refuses damaged metrics
+        with file as write, tqdm(total=steps, **settings) as bar, stop_requests() as stop_requested:
 
             def report(metrics: Metrics) -> None:
                 write(metrics)
@@ -106,7 +118,7 @@ class Loop:
         return history
 
     def should_stop(self, requested: bool) -> bool:
-        """Whether to stop before the next step; `requested` tells whether Ctrl-C or SIGTERM was received."""
+        """Whether to stop before the next step; `requested` tells whether Ctrl-C, SIGTERM or SIGHUP was received."""
         return requested
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -127,7 +139,7 @@ class Loop:
         destination = directory / f"step-{self.step:08d}"
         if not destination.exists():
             self.write_checkpoint(destination, self.tensors(), self.state())
-        for old in sorted(directory.glob("step-*"))[:-2] if self.writes_files else ():
+        for old in checkpoints(directory)[:-2] if self.writes_files else ():
             remove_checkpoint(old)
 
     write_checkpoint = staticmethod(save_checkpoint)
@@ -176,7 +188,10 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C or SIGTERM sets; the second one interrupts at once. Main thread only."""
+    """Yield an event that the first Ctrl-C, SIGTERM or SIGHUP sets; the second one interrupts at once.
+
+    SIGHUP (a closed terminal, a lost connection) is left alone where it is ignored (nohup). Main thread only.
+    """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested
@@ -186,7 +201,8 @@ def stop_requests() -> Iterator[threading.Event]:
         requested.set()
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {n: signal.signal(n, request) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield requested
     finally:

@@ -35,8 +35,8 @@ class LossDenominators:
 
     @classmethod
     def of(cls, batch: Batch) -> "LossDenominators":
-        """Count those of a global batch."""
-        return cls(int((targets(batch) != IGNORED).sum()), len(batch.tokens))
+        """Count those of a global batch, at least 1: a batch without targets has loss 0, not 0 / 0."""
+        return cls(max(int((targets(batch) != IGNORED).sum()), 1), len(batch.tokens))
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,31 @@ from minids.files import atomic_write_text
 Metrics = dict[str, Any]
 
 
+def read_lines(path: Path) -> list[tuple[str, Metrics]]:
+    """Read metrics.jsonl: the text of each line, and its object. A file that does not exist has no lines.
+
+    Blank lines are skipped, and a last line without a line break, which a run was killed while writing.
+    Raises `ValueError` naming a line that is no JSON object with a step.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    complete = [(i, line) for i, line in enumerate(lines, 1) if line.endswith(b"\n") and not line.isspace()]
+    return [_parse(path, number, line) for number, line in complete]
+
+
+def _parse(path: Path, number: int, line: bytes) -> tuple[str, Metrics]:
+    try:
+        metrics = json.loads(line.decode())
+        if isinstance(metrics["step"], int):
+            return line.decode(), metrics
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is damaged: line {number} is no JSON object with a step; delete that line to go on")
+
+
 def cut_metrics(path: Path, step: int) -> None:
-    """Delete the metrics of steps after `step`, which a resumed run computes again."""
+    """Delete the metrics of steps after `step`, which a resumed run computes again. Raises as `read_lines`."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        # A line without a line break is incomplete: the run was killed while writing it.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [line for line, metrics in read_lines(path) if metrics["step"] <= step]
         atomic_write_text(path, "".join(kept))
 
 

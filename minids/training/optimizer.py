@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minids.model.transformer import MiniDS
 
@@ -20,22 +20,22 @@ class AdamWWithBF16Moments(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # torch's also accepts a closure
         """Update every parameter that has a gradient (Loshchilov and Hutter, algorithm 2)."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, self.state[p], group)
+                    self._update(p, p.grad, self.state[p], group)
 
-    def _update(self, p: nn.Parameter, state: dict, group: dict) -> None:
+    def _update(self, p: nn.Parameter, grad: Tensor, state: dict, group: dict) -> None:
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        first = state["exp_avg"].float().lerp_(p.grad, 1 - beta1)
-        second = state["exp_avg_sq"].float().lerp_(p.grad.square(), 1 - beta2)
+        first = state["exp_avg"].float().lerp_(grad, 1 - beta1)
+        second = state["exp_avg_sq"].float().lerp_(grad.square(), 1 - beta2)
         state["exp_avg"].copy_(first)
         state["exp_avg_sq"].copy_(second)
         corrected = (second / (1 - beta2 ** state["step"].item())).sqrt_().add_(group["eps"])

@@ -4,9 +4,11 @@ Notable choices: a step is a function of (model, optimizer state, data position)
 are those of the whole global batch, for any division into micro-batches.
 """
 
+import functools
 import math
+import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -168,17 +170,16 @@ class Trainer(Loop):
         """
         denominators = denominators or LossDenominators.of(batch)
         device = self.model.head.weight.device
-        sums, tokens_per_expert = None, None
+        parts, counts = [], []
         for micro in batch.to(device).micro_batches(self.recipe.micro_batch_size or len(batch.tokens)):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
                 out = self.model(micro.tokens[:, :-1], mtp=bool(mtp_weight))
             part = losses(self.model, out, micro, denominators)
             part.total(mtp_weight).backward()
-            sums = part.detach() if sums is None else sums + part.detach()
+            parts.append(part.detach())
             if out.routings:
-                counts = out.tokens_per_expert
-                tokens_per_expert = counts if tokens_per_expert is None else tokens_per_expert + counts
-        return sums, tokens_per_expert
+                counts.append(out.tokens_per_expert)
+        return functools.reduce(operator.add, parts), torch.stack(counts).sum(0) if counts else None
 
     def evaluate(self) -> float:
         """Compute the bits per byte of a fixed sample of the validation text."""
@@ -193,6 +194,16 @@ class Trainer(Loop):
         self.stream.load_state_dict(state["data"])
 
 
-def train(model: MiniDS, data: TextData, recipe: Recipe, **options: Any) -> list[Metrics]:
-    """Train `model` in place and return the metrics; options as in `Loop.run`."""
-    return Trainer(model, data, recipe).run(**options)
+def train(
+    model: MiniDS,
+    data: TextData,
+    recipe: Recipe,
+    *,
+    directory: Path | None = None,
+    progress: bool = True,
+    tensorboard: bool = False,
+    on_step: Callable[[Metrics], None] | None = None,
+) -> list[Metrics]:
+    """Train `model` in place and return the metrics; the keyword arguments are those of `Loop.run`."""
+    trainer = Trainer(model, data, recipe)
+    return trainer.run(directory=directory, progress=progress, tensorboard=tensorboard, on_step=on_step)

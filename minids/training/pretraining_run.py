@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from minids.data.batches import tokenize
 from minids.data.corpus import read_documents, split_documents
 from minids.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from minids.training.pretrain import Recipe, TextData, check
-from minids.training.run import RUNS, check_new, read_run, write_run
+from minids.training.run import described_by, new_run, read_run, write_run
+from minids.validation import check_value, require
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class PretrainingRun:
     start_from: str | None = None
     """Folder of the run whose weights this run starts from; None for random initial weights."""
 
+    def __post_init__(self):
+        named = bool(self.data) and all(isinstance(source, str) and source for source in self.data)
+        require(named, "data", self.data, "must name at least one source of text")
+        check_value("max_bytes", self.max_bytes, int | None)
+        check_value("start_from", self.start_from, str | None)
+
     def save(self, directory: Path) -> None:
         """Write run.json, atomically."""
         write_run(directory, "train", dataclasses.asdict(self))
@@ -34,12 +42,12 @@ class PretrainingRun:
         """Read run.json. Raises `ValueError` if it is missing, damaged, or of another kind of run."""
         fields = read_run(directory)
         if fields["kind"] != "train":
-            raise ValueError(f"{directory} was made by {fields['kind']}: to train its model, use --from {directory}")
-        try:
+            remedy = f"to train its model, use --from {shlex.quote(str(directory))}"
+            raise ValueError(f"{directory} was made by {fields['kind']}: {remedy}")
+        with described_by(directory):
             config, recipe = ModelConfig.from_dict(fields["config"]), Recipe(**fields["recipe"])
+            require(isinstance(fields["data"], list), "data", fields["data"], "must be a list")
             return cls(config, recipe, tuple(fields["data"]), fields["max_bytes"], fields.get("start_from"))
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{directory / 'run.json'} is damaged: not the description of a run") from None
 
 
 def read_text(run: PretrainingRun, tokenizer: Tokenizer | str) -> TextData:
@@ -59,7 +67,7 @@ def _make_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
         return ByteTokenizer()
     if kind.startswith("bpe:"):
         size = kind.removeprefix("bpe:")
-        if not size.isdecimal() or len(size) > 7:
+        if not (size.isascii() and size.isdecimal()) or len(size) > 7:
             raise ValueError(f"tokenizer={kind!r}: the size after bpe: must be a whole number below 10,000,000")
         return BPETokenizer.train(texts, int(size))
     return load_tokenizer(kind)
@@ -71,8 +79,7 @@ def create_run(run: PretrainingRun, tokenizer: Tokenizer | str, name: str) -> tu
     A new model gets the vocabulary size of the tokenizer; one from `start_from` keeps its own. Raises `ValueError`,
     without creating anything, if the run could not be trained.
     """
-    directory = RUNS / name
-    check_new(directory)
+    directory = new_run(name)
     print(f"reading {', '.join(run.data)} ...", flush=True)
     text = read_text(run, tokenizer)
     if run.start_from is None:

@@ -7,6 +7,7 @@ written last, so a folder with it can be resumed; a lock admits one process at a
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from minids.data.tokenizer import Tokenizer, load_tokenizer
 from minids.files import atomic_write_text
 from minids.model.transformer import MiniDS
 from minids.training.checkpoint import latest_checkpoint, load_model, save_checkpoint
+from minids.training.metrics import Metrics, read_lines
+from minids.validation import require
 
 RUNS = Path("runs")
 Kind = Literal["train", "import", "rl", "r1"]
@@ -38,7 +41,7 @@ def read_run(directory: Path) -> dict[str, Any]:
         if path.is_file():
             try:
                 fields = json.loads(path.read_text(encoding="utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            except (ValueError, RecursionError):  # not UTF-8, not JSON
                 fields = None
             if not isinstance(fields, dict):
                 raise ValueError(f"{path} is damaged: not the description of a run")
@@ -46,10 +49,31 @@ def read_run(directory: Path) -> dict[str, Any]:
     raise ValueError(f"{directory} is not a run: it has no run.json")
 
 
+@contextmanager
+def described_by(directory: Path) -> Iterator[None]:
+    """Raise `ValueError` naming run.json where the block finds that its fields do not describe a run."""
+    path = directory / "run.json"
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged: not the description of a run") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def new_run(name: str) -> Path:
+    """Return the folder of a new run. Raises `ValueError` if it exists or `name` is not the name of one folder."""
+    plain = name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..")
+    require(plain and len(name.encode()) <= 200, "name", name, "must name one folder, without / and \\, in 200 bytes")
+    check_new(RUNS / name)
+    return RUNS / name
+
+
 def check_new(directory: Path) -> None:
     """Raise `ValueError` if the folder exists."""
     if directory.exists():
-        raise ValueError(f"{directory} exists: choose another --name, or continue it with --resume {directory}")
+        resume = f"--resume {shlex.quote(str(directory))}"
+        raise ValueError(f"{directory} exists: choose another --name, or continue it with {resume}")
 
 
 def model_folder(directory: Path) -> Path:
@@ -81,9 +105,9 @@ def free_name(name: str) -> str:
     return next(name for name in candidates if not (RUNS / name).exists())
 
 
-def read_metrics(directory: Path) -> list[dict]:
-    """Read metrics.jsonl: one object per step."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+def read_metrics(directory: Path) -> list[Metrics]:
+    """Read metrics.jsonl: one object per step; none if there is no such file. Raises `ValueError` if it is damaged."""
+    return [metrics for _, metrics in read_lines(directory / "metrics.jsonl")]
 
 
 def save_imported(model: MiniDS, tokenizer: Tokenizer, source: Path, directory: Path) -> None:

@@ -36,6 +36,6 @@ def test_every_ratio_is_reported_with_its_spread(small, monkeypatch, capsys):
 
 def test_both_sides_have_the_same_weights(small):
     model = bench.MiniDS(bench.CONFIG).eval()
-    twin = bench._transformers_twin(model).eval()
+    twin = bench.in_transformers(model).eval()
     tokens = torch.randint(bench.CONFIG.vocab_size, (2, 12))
     torch.testing.assert_close(twin(tokens).logits, model(tokens).logits, atol=1e-4, rtol=1e-4)

@@ -1,7 +1,11 @@
 """course.py, as far as it can be tried without installing anything: what it says, and what it would run."""
 
+import ast
+import hashlib
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,19 +49,91 @@ def test_the_commands_that_it_runs(course):
     assert lab[0] == "jupyterlab" and f"--ServerApp.root_dir={ROOT}" in lab
 
 
+@pytest.fixture
+def calls(course, monkeypatch):
+    """What set_up runs, without the installation: environments are made for real, packages are not."""
+    made, real = [], subprocess.call
+
+    def record(command, **options):
+        made.append([str(part) for part in command if part != "-I"][1:])
+        return 0 if "install" in made[-1] else real(command, **options)
+
+    monkeypatch.setattr(course.subprocess, "call", record)
+    return made
+
+
+CHECK, MAKE, INSTALL = ["-c", "import pip"], ["-m", "venv"], ["-m", "pip"]
+
+
 def test_nothing_is_installed_twice(course, monkeypatch):
     calls = []
 
     def pretend(command, **options):
-        calls.append([str(part) for part in command])
+        calls.append([str(part) for part in command if part != "-I"][1:3])
         return 0
 
     monkeypatch.setattr(course.subprocess, "call", pretend)
     course.set_up()
-    assert [call[2] for call in calls] == ["venv", "pip"]
+    assert calls == [CHECK, MAKE, INSTALL]
     assert (course.ENVIRONMENT / "share/jupyter/lab/settings/overrides.json").exists()
     course.set_up()
-    assert len(calls) == 2
+    assert calls[3:] == [CHECK]
+
+
+@pytest.mark.parametrize("fault", ["its Python is gone", "its packages are gone"])
+def test_a_broken_environment_is_made_anew(course, calls, monkeypatch, tmp_path, fault):
+    """Without packages: after an upgrade of the system's Python, whose link then looks for them elsewhere."""
+    monkeypatch.setattr(course, "ENVIRONMENT", tmp_path / "größe 专家 with spaces" / ".venv")
+    python = course.python_of(course.ENVIRONMENT)
+    if fault == "its Python is gone":
+        python.parent.mkdir(parents=True)
+        python.symlink_to("/gone/python3.12")
+    else:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", course.ENVIRONMENT], check=True)
+    (course.ENVIRONMENT / "left over").touch()
+    wanted = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()
+    (course.ENVIRONMENT / "requirements.sha256").write_text(wanted)
+    course.set_up()
+    assert [call[:2] for call in calls] == [CHECK, MAKE, INSTALL]
+    assert course.works(course.ENVIRONMENT) and not (course.ENVIRONMENT / "left over").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a path of Windows holds no semicolon that matters here")
+def test_a_path_with_a_colon_is_refused_with_the_reason(course, monkeypatch, tmp_path):
+    monkeypatch.setattr(course, "ENVIRONMENT", tmp_path / "a:b" / ".venv")
+    with pytest.raises(SystemExit, match="no virtual environment can be in a path with ':': rename the folder"):
+        course.set_up()
+    assert not (tmp_path / "a:b").exists()
+
+
+SOURCE = (ROOT / "course.py").read_text(encoding="utf-8")
+
+
+def test_an_older_python_can_parse_it_and_meets_the_version_first():
+    body = ast.parse(SOURCE, feature_version=(3, 6)).body
+    first = next(i for i, node in enumerate(body) if not isinstance(node, ast.Expr | ast.Import | ast.ImportFrom))
+    assert isinstance(body[first], ast.If) and "version_info" in ast.unparse(body[first].test)
+    names = {name for node in body[:first] if not isinstance(node, ast.Expr) for name in module_names(node)}
+    assert names <= {"hashlib", "json", "os", "signal", "subprocess", "sys", "pathlib"}  # all in Python 3.6
+
+
+def module_names(node):
+    return [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("minor", [6, 7, 8, 9, 10])
+def test_an_older_python_gets_one_line(minor, tmp_path):
+    python = shutil.which(f"python3.{minor}")
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        python = None  # then this one, which says that it is older
+        program = f"import runpy, sys; sys.version_info = (3, {minor}, 9); sys.version = '3.{minor}.9 (main)'; "
+        command = [sys.executable, "-c", f"{program}runpy.run_path({str(ROOT / 'course.py')!r}, run_name='__main__')"]
+    else:
+        command = [python, str(ROOT / "course.py"), "train"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert finished.returncode == 2 and finished.stdout == ""
+    line = rf"course.py: Python 3\.{minor}\.\d+ is too old: 3\.11 or newer is needed\n"
+    assert re.fullmatch(line, finished.stderr), finished.stderr
 
 
 def test_a_failed_installation_is_not_taken_for_done(course, monkeypatch):

@@ -131,7 +131,7 @@ def minids(bare, tmp_path_factory):
 def test_wheel_metadata_names_dependencies_extras_and_script(wheel, metadata):
     names = {requirement.name for requirement in needed(metadata.get_all("Requires-Dist"))}
     assert names == {"torch", "numpy", "einops", "jaxtyping", "safetensors", "tokenizers", "tqdm", "tyro"}
-    assert set(metadata.get_all("Provides-Extra")) == {"course", "data", "tensorboard", "sandbox", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"course", "data", "tensorboard", "dev"}
     assert metadata["License-Expression"] == "MIT" and metadata["Requires-Python"] == ">=3.11"
     assert "OWNER" not in " ".join(metadata.get_all("Project-URL") or [])
     version = re.search(r'^__version__ = "(.+)"$', text_of("minids/__init__.py"), re.MULTILINE)[1]
@@ -155,7 +155,8 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel):
 IMPORT_ALL = """
 import importlib, json, pkgutil
 import minids
-skipped = ("minids.course", "minids.cli.grade", "minids.fp8.triton")  # Triton: CUDA builds of torch only
+course = ("minids.course", "minids.cli.grade", "minids.cli.handout", "minids.cli.progress")
+skipped = (*course, "minids.fp8.triton")  # Triton: CUDA builds of torch only
 modules = [m.name for m in pkgutil.walk_packages(minids.__path__, "minids.") if not m.name.startswith(skipped)]
 files = [importlib.import_module(name).__file__ for name in modules if name != "minids.__main__"]
 absent = [name for name in {names} if importlib.util.find_spec(name) is None]
@@ -209,7 +210,7 @@ def test_pins_of_the_course_satisfy_the_lower_bounds(metadata):
     for name, pin in pins.items():
         (exact,) = pin.specifier
         assert exact.operator == "==" and bounds[name].specifier.contains(exact.version), f"{pin} is not {bounds[name]}"
-    assert set(bounds) - set(pins) == {"minids", "mypy", "pre-commit"}  # itself, and what no test needs
+    assert set(bounds) - set(pins) == {"minids", "pre-commit"}  # itself, and what no test needs
 
 
 def test_missing_dependency_is_noticed_by_the_closure():

@@ -21,6 +21,17 @@ def test_round_trip(tmp_path):
     assert torch.equal(tensors["random"]["cpu"], TENSORS["random"]["cpu"])
 
 
+def test_files_that_the_state_does_not_name_are_ignored_with_a_line(tmp_path, caplog):
+    """A copy of another step, or what an operating system leaves: loaded, it would replace or break the state."""
+    save_checkpoint(tmp_path / "step", TENSORS, {"step": 1})
+    for name in ("extra.safetensors", "._model.safetensors", ".DS_Store"):
+        (tmp_path / "step" / name).write_bytes(b"no safetensors")
+    tensors, state = load_checkpoint(tmp_path / "step")
+    assert tensors.keys() == TENSORS.keys() and state == {"step": 1}
+    (message,) = caplog.messages
+    assert message.startswith("ignored: .DS_Store, ._model.safetensors, extra.safetensors in ")
+
+
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     trainer = Trainer(nano(), counting_data(), RECIPE)
     trainer.train_step()

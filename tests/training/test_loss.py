@@ -23,6 +23,17 @@ def test_targets_do_not_cross_documents():
     assert targets(BATCH)[1].tolist() == [31, 32, 33, 34, 35, 36]
 
 
+def test_a_batch_without_targets_has_loss_and_gradient_zero():
+    """A row of two tokens across the border of two documents, or one whose loss mask is empty."""
+    tokens, same = torch.tensor([[10, 11, 12]]), torch.zeros(1, 3, dtype=torch.int64)
+    for batch in (batch_of([[2, 1]], [[0, 1]]), Batch(tokens, same, same, torch.zeros_like(tokens).bool())):
+        model = nano(num_nextn_predict_layers=1, aux_loss_alpha=0.0)
+        terms = losses(model, model(batch.tokens[:, :-1], mtp=True), batch, LossDenominators.of(batch))
+        terms.total(0.3).backward()
+        assert terms.main == terms.mtp == 0
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_losses_equal_a_sum_over_positions():
     """Each term written out; the MTP sum is divided by the number of next-token targets (V3 eq. 24)."""
     model = nano(num_nextn_predict_layers=2)
