@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from minids.cli.bench import CONFIG, _transformers_twin
+from minids.cli.bench import CONFIG, in_transformers
 from minids.config import ModelConfig
 from minids.course.experiment import record
 from minids.inference.compiled import FusedDecoder, load_step
@@ -37,7 +37,7 @@ def sides(model: MiniDS, batch: int, tokens: int) -> dict[str, Callable[[], obje
     prompts = torch.randint(1, model.config.vocab_size, (batch, PROMPT))
 
     def theirs(implementation: str) -> Callable[[], object]:
-        twin = _transformers_twin(model).eval()
+        twin = in_transformers(model).eval()
         twin.set_experts_implementation(implementation)
         options = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
         return torch.inference_mode()(lambda: twin.generate(prompts, **options))

@@ -3,12 +3,12 @@
     python benchmarks/r1_zero.py                            everything: about 50 minutes of one core
     python benchmarks/r1_zero.py --only "recipe, seed 0"    one run, in place of what the results hold of it
 
-A seed decides the web, the base model and the reinforcement learning. The recipe was made while looking at seeds 0, 1
-and 2; seeds 3, 4 and 5 are fresh: they ran once, after the last change to it. One run has another base, which read the
-same web with another optimizer; the variants change one thing each and start from the base of seed 0; the last learns
-programs, judged by unit tests. All take 60 steps of 256 answers and are judged on the same 240 held-out problems, 4
-answers to each; intervals are 95 %, by the spread between problems. Base models are kept in runs/r1_zero and not
-trained twice. Results go to benchmarks/results/r1_zero.json.
+A seed decides the pre-training corpus, the base model and the reinforcement learning. The recipe was made while looking
+at seeds 0, 1 and 2; seeds 3, 4 and 5 are fresh: they ran once, after the last change to it. One run has another base,
+which was trained on the same corpus with another optimizer; the variants change one thing each and start from the base
+of seed 0; the last learns programs, judged by unit tests. All take 60 steps of 256 answers and are evaluated on the
+same 240 held-out problems, 4 answers to each; intervals are 95 %, by the spread between problems. Base models are kept
+in runs/r1_zero and not trained twice. Results go to benchmarks/results/r1_zero.json.
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """Every test runs with shapes checked: jaxtyping reads the annotations of minids, beartype enforces them."""
 
+import logging
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +21,23 @@ def _same_start():
     """Every test starts from the same random state and one thread, whatever ran before it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("minids") and isinstance(logger, logging.Logger):
+            logger.disabled = False  # a library that configures logging may disable those that exist
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_in_a_terminal():
+    """A shell that starts the tests with `&`, and nohup, have all processes ignore signals that some tests send."""
+    usual = {signal.SIGINT: signal.default_int_handler}
+    if hasattr(signal, "SIGHUP"):
+        usual[signal.SIGHUP] = signal.SIG_DFL
+    ignored = [number for number in usual if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, usual[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 TESTS = Path(__file__).parent
@@ -29,6 +48,8 @@ SLOW = (
     "course/test_labelled_figures.py",
     "course/test_turns.py",
     "e2e/",
+    "inference/test_compiled.py",
+    "inference/test_decoding_benchmarks.py",
     "inference/test_speculative.py",
     "parallel/test_expert_parallel",
     "parallel/test_layout.py",
@@ -38,6 +59,7 @@ SLOW = (
     "sandbox/",
     "test_documented_commands.py",
     "test_readme.py",
+    "test_types.py",
 )
 """Tests that start processes or train for longer: `pytest -m "not slow"` leaves them out."""
 

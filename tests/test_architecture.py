@@ -70,11 +70,17 @@ def test_root_help_imports_no_command():
     assert result.stdout.rstrip().endswith("[]")
 
 
-def test_config_needs_no_torch():
-    """Its own imports only: the package's face, `minids/__init__.py`, does import torch."""
-    source = (ROOT / "minids" / "config.py").read_text(encoding="utf-8")
-    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
-    assert imported <= set(sys.stdlib_module_names)
+def test_config_and_cost_need_no_torch():
+    """Nor does the package's face: `minids/__init__.py` imports its names when they are used."""
+    result = python("import sys, minids.config, minids.cost, minids.cli.cost; print('torch' in sys.modules)")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "False"
+
+
+def test_the_face_of_the_package_has_its_names():
+    result = python("from minids import *; import minids; print(MiniDS, generate, train, ModelConfig); minids.nothing")
+    assert result.stdout.count("minids.") == 2 and result.stdout.count("<function") == 2
+    assert "AttributeError: module 'minids' has no attribute 'nothing'" in result.stderr
 
 
 def test_the_code_is_clean():

@@ -151,7 +151,9 @@ def _judge(pipe: Connection, content: bytes, chapter: int, seconds: float, layer
     if sys.platform == "linux":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (4 * judge.MEMORY, 4 * judge.MEMORY))
+        _, most = resource.getrlimit(resource.RLIMIT_AS)  # of the user, which cannot be raised
+        limit = 4 * judge.MEMORY if most == resource.RLIM_INFINITY else min(4 * judge.MEMORY, most)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for outcome in judge.judge(content, chapter, seconds, layers):
         pipe.send(outcome)
     pipe.send(None)

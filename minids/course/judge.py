@@ -108,7 +108,7 @@ class Student:
         line = command(
             layers,
             _access(self.folder),
-            [sys.executable, "-I"],
+            [sys.executable, "-I", "-B"],
             ["sandbox/confine.py", "course/student.py"],
             VISIBLE,
             "/tmp" if "bubblewrap" in layers else self.folder,

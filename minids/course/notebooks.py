@@ -81,7 +81,7 @@ def normal(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
-def with_holes(solution: NotebookNode) -> NotebookNode:
+def without_solutions(solution: NotebookNode) -> NotebookNode:
     """Return the exercise notebook of a solution, not run: each marked region raises `NotImplementedError`."""
     notebook = copy.deepcopy(solution)
     for cell in notebook.cells:
@@ -99,7 +99,7 @@ def main(*paths: str) -> int:
         if path.resolve().parent == ROOT / "solutions":
             exercise = ROOT / "exercises" / path.name
             exercise.parent.mkdir(exist_ok=True)
-            nbformat.write(execute(with_holes(notebook), exercise.parent), exercise)
+            nbformat.write(execute(without_solutions(notebook), exercise.parent), exercise)
             print(f"made {exercise.relative_to(ROOT)}")
     return 0
 

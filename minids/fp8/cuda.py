@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Float32, Int, Shaped
 from torch import Tensor
 
-from minids.fp8.formats import Rounded
+from minids.fp8.formats import Rounded, Tile
 
-RECIPES = {(128, 128): F.ScalingType.BlockWise128x128, (128, 1): F.ScalingType.BlockWise1x128}
+RECIPES: dict[Tile, F.ScalingType] = {
+    (128, 128): F.ScalingType.BlockWise128x128,
+    (128, 1): F.ScalingType.BlockWise1x128,
+}
 HAS_TRITON = find_spec("triton") is not None  # a dependency of PyTorch's CUDA builds for Linux
 
 

@@ -85,9 +85,11 @@ class Rounded(NamedTuple):
     tile: Tile
 
     @classmethod
-    def of(cls, x: Float[Tensor, "... rows cols"], tile: Tile, **options) -> "Rounded":
+    def of(
+        cls, x: Float[Tensor, "... rows cols"], tile: Tile, *, format: str = "e4m3", power_of_two: bool = False
+    ) -> "Rounded":
         """Quantise `x` with `quantize`."""
-        return cls(*quantize(x, tile, **options), tile)
+        return cls(*quantize(x, tile, format=format, power_of_two=power_of_two), tile)
 
     @property
     def mT(self) -> "Rounded":  # noqa: N802 - torch's name

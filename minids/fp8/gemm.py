@@ -35,11 +35,11 @@ def gemm(
 
     Raises `ValueError` if the operands or their scales do not match, or k exceeds 2^17.
     """
-    (a, a_scale), (b, b_scale) = a, b
-    (m, k), n = a.shape, b.shape[-1]
-    if b.shape != (k, n):
-        raise ValueError(f"a has shape {tuple(a.shape)}, b has {tuple(b.shape)}: must be [m, k] and [k, n]")
-    for name, operand in (("a", a), ("b", b)):
+    (a_q, a_scale), (b_q, b_scale) = a, b
+    (m, k), n = a_q.shape, b_q.shape[-1]
+    if b_q.shape != (k, n):
+        raise ValueError(f"a has shape {tuple(a_q.shape)}, b has {tuple(b_q.shape)}: must be [m, k] and [k, n]")
+    for name, operand in (("a", a_q), ("b", b_q)):
         if operand.dtype != torch.float8_e4m3fn:
             raise ValueError(f"{name} is {operand.dtype}: must be torch.float8_e4m3fn")
     if promote_every is not None and (promote_every < 1 or promote_every % GROUP):
@@ -53,13 +53,14 @@ def gemm(
     a_scale = _scale_of_each(a_scale, "a_scale", (m, k), (1, interval))
     b_scale = _scale_of_each(b_scale, "b_scale", (k, n), (interval, 1))
     # float64 represents every sum of products exactly: multiples of 2^-18 below 2^35.
-    a, b = a.T.double().contiguous(), b.double().contiguous()
-    result = torch.zeros(m, n, device=a.device)
+    a_exact, b_exact = a_q.T.double().contiguous(), b_q.double().contiguous()
+    result = torch.zeros(m, n, device=a_q.device)
     height = max(BUFFER // (GROUP * max(n, 1)), 1)
     for top in range(0, m, height):
         rows = slice(top, top + height)
         for i, start in enumerate(range(0, k, interval)):
-            accumulator = _accumulate(a[start : start + interval, rows], b[start : start + interval], accumulator_bits)
+            part = slice(start, start + interval)
+            accumulator = _accumulate(a_exact[part, rows], b_exact[part], accumulator_bits)
             result[rows] += accumulator.float() * a_scale[rows, i, None] * b_scale[i]
     return result
 

@@ -89,10 +89,18 @@ def _multiply(a: Rounded, b: Rounded, tokens_per_expert: Int[Tensor, "experts"] 
             fp8_cuda.multiply(a, b) if tokens_per_expert is None else fp8_cuda.multiply_grouped(a, b, tokens_per_expert)
         )
     with torch.autocast(a.q.device.type, enabled=False):
-        a, b = a.values(), b.values()
-        return (
-            a @ b if tokens_per_expert is None else F.grouped_mm(a, b, offs=tokens_per_expert.cumsum(0).to(torch.int32))
-        )
+        left, right = a.values(), b.values()
+        if tokens_per_expert is None:
+            return left @ right
+        m, n = left.shape[0], right.shape[-1]
+        if any(width % 4 for width in (*right.shape[-2:], *(left.shape[:1] if right.ndim == 2 else ()))):
+            left, right = _on_multiples_of_4(left), _on_multiples_of_4(right)  # rows of the kernel: 16 bytes, or more
+        return F.grouped_mm(left, right, offs=tokens_per_expert.cumsum(0).to(torch.int32))[..., :m, :n]
+
+
+def _on_multiples_of_4(x: Float[Tensor, "... rows cols"]) -> Float[Tensor, "... _ _"]:
+    """Pad rows and columns with zeros."""
+    return F.pad(x, (0, -x.shape[-1] % 4, 0, -x.shape[-2] % 4))
 
 
 def _begin_on_tiles(tokens_per_expert: Int[Tensor, "experts"]) -> tuple[Int[Tensor, "rows"], Int[Tensor, "experts"]]:

@@ -52,14 +52,14 @@ def flatten_mesh(mesh: DeviceMesh, name: str) -> DeviceMesh:
 
 def reduce_gradients(sharded: Iterable[FSDPModule]) -> None:
     """Run FSDP's gradient reduction on its own; publicly it is only a part of a backward pass of the whole module."""
-    for state in map(fully_shard.state, sharded):
+    for state in map(fully_shard.state, sharded):  # type: ignore[attr-defined]  # a decorator adds it at run time
         for group in state._fsdp_param_groups:
             group.post_backward()
         if state._is_root:
             state._root_post_backward_final_callback()
 
 
-def scale_in_place(tensors: Sequence[Tensor], factor: float) -> None:
+def scale_in_place(tensors: list[Tensor], factor: float) -> None:
     """Multiply all tensors by `factor` in one kernel; public clipping takes parameters and computes its own norm."""
     torch._foreach_mul_(tensors, factor)
 

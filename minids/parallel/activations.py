@@ -9,6 +9,7 @@ Not covered: weights gathered from other ranks, and temporary memory of a pass. 
 a GPU's kernels may keep less or more.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -75,7 +76,10 @@ def activation_bytes(
             micro = MicroBatch(text[:, :-1], batch, loss, 1.0, torch.zeros(()), tokens_per_expert)
             shapes = [tuple(weight.shape for weight in stage.parameters()) for stage in stages]
             alike = dict(zip(shapes, stages, strict=True))  # stages of equal shapes keep equally much: measure one
-            size = {kind: kept_bytes(model, recipe, lambda s=stage: s(x, batch=micro)) for kind, stage in alike.items()}
+            size = {
+                kind: kept_bytes(model, recipe, functools.partial(stage, x, batch=micro))
+                for kind, stage in alike.items()
+            }
     finally:
         rotary_frequencies.cache_clear()  # its cached tensors are fake
     return max(peak_activations(actions, lambda i: size[shapes[i]]) for actions in schedule.actions)

@@ -83,7 +83,8 @@ def pack(weights: Sequence[float], packs: int) -> list[list[int]]:
     """
     if len(weights) == packs:
         return [[item] for item in range(packs)]
-    packed, totals = [[] for _ in range(packs)], [0.0] * packs
+    packed: list[list[int]] = [[] for _ in range(packs)]
+    totals = [0.0] * packs
     for item in sorted(range(len(weights)), key=lambda i: -weights[i]):
         lightest = min((p for p in range(packs) if len(packed[p]) < len(weights) // packs), key=totals.__getitem__)
         packed[lightest].append(item)

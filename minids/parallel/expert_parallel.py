@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from minids.config import require
 from minids.fp8.formats import dequantize, quantize
 from minids.fp8.linear import ALONG_CHANNELS
-from minids.model.moe import Experts
+from minids.model.moe import Dispatcher, Experts
 from minids.model.transformer import MiniDS
 
 Wire = Literal["as is", "bf16", "fp8"]
@@ -102,7 +102,10 @@ def encode(rows: Float[Tensor, "rows dim"], wire: Wire) -> tuple[Tensor, ...]:
 
 def decode(parts: list[Tensor], wire: Wire) -> Float[Tensor, "rows dim"]:
     """Decode rows from the result of `encode`."""
-    return dequantize(*parts, ALONG_CHANNELS) if wire == "fp8" else parts[0]
+    if wire == "fp8":
+        q, scale = parts
+        return dequantize(q, scale, ALONG_CHANNELS)
+    return parts[0]
 
 
 def bytes_per_row(dim: int, wire: Wire = "as is") -> int:
@@ -110,7 +113,7 @@ def bytes_per_row(dim: int, wire: Wire = "as is") -> int:
     return sum(part.nbytes for part in encode(torch.zeros(1, dim), wire))
 
 
-class AllToAllDispatcher:
+class AllToAllDispatcher(Dispatcher):
     """All-to-all dispatch: send rows to the ranks of their experts, compute there, and send the results back.
 
     Each rank of `mesh`, the expert-parallel axis, holds equally many consecutive experts, so rows sorted by expert are
@@ -122,15 +125,10 @@ class AllToAllDispatcher:
     ) -> None:
         self.mesh, self.precision, self.wait = mesh, precision, wait
 
-    def held(self, weight: DTensor) -> Float[Tensor, "held in out"]:
+    def held(self, weight: Float[Tensor, "experts in out"]) -> Float[Tensor, "held in out"]:
         """Return this rank's shard of the experts' matrices."""
+        assert isinstance(weight, DTensor)  # since `keep_shard`
         return weight.to_local()
-
-    def slots(
-        self, experts: Int[Tensor, "tokens k"], tokens_per_expert: Int[Tensor, "experts"]
-    ) -> tuple[Int[Tensor, "tokens k"], Int[Tensor, "slots"]]:
-        """Return the slots of the chosen experts and their counts; here a slot is an expert."""
-        return experts, tokens_per_expert
 
     def __call__(
         self,

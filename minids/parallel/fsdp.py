@@ -53,9 +53,9 @@ def shard(parts: list[MiniDS], axes: Axes) -> None:
     for module in dict.fromkeys(module for part in parts for module in _units(part, whole)):
         biases = {p for p in module.parameters() if not p.requires_grad}
         axis = axes.dp if isinstance(module, Experts) else axes.data
-        fully_shard(module, mesh=axis, reshard_after_forward=whole, ignored_params=biases)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        sharded = fully_shard(module, mesh=axis, reshard_after_forward=whole, ignored_params=biases)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
 
 
 def _units(part: MiniDS, whole: bool) -> Iterator[torch.nn.Module]:

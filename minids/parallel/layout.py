@@ -34,19 +34,24 @@ class Layout:
         The default schedule is DualPipeV, or 1F1B for a model with fewer `layers` than two stages per rank need.
         Raises `ValueError` for text that is not a layout; `check` tests whether a layout is possible.
         """
-        values = dict(part.split("=", 1) if "=" in part else (part, "") for part in text.split(",") if part)
+        values = {name: value for name, _, value in (part.partition("=") for part in text.split(",") if part)}
         known = [f.name for f in fields(cls)]
         for name, value in values.items():
             require(name in known, "parallel", text, f"allows {', '.join(known)}, not {name!r}")
             if name == "schedule":
                 require(value in SCHEDULES, name, value, f"must be one of {', '.join(SCHEDULES)}")
             else:
-                require(value.isdecimal() and int(value) > 0, name, value, "must be a whole number, at least 1")
-        sizes = {name: value if name == "schedule" else int(value) for name, value in values.items()}
+                require(
+                    value.isascii() and value.isdecimal() and int(value) > 0,
+                    name,
+                    value,
+                    "must be a whole number, at least 1",
+                )
+        sizes = {name: int(value) for name, value in values.items() if name != "schedule"}
         rest = max(world // (sizes.get("pp", 1) * sizes.get("ep", 1)), 1)
-        if layers is not None and layers < 2 * sizes.get("pp", 1):
-            sizes = {"schedule": "one_f_one_b"} | sizes
-        return cls(**{"dp": rest} | sizes)
+        too_few_layers = layers is not None and layers < 2 * sizes.get("pp", 1)
+        schedule = values.get("schedule", "one_f_one_b" if too_few_layers else cls.schedule)
+        return cls(**{"dp": rest} | sizes, schedule=schedule)
 
     def __str__(self) -> str:
         return f"pp={self.pp},dp={self.dp},ep={self.ep}" + (f",schedule={self.schedule}" if self.pp > 1 else "")
@@ -67,8 +72,8 @@ class Layout:
         if reason is None:
             return
         divisors = [n for n in range(1, world + 1) if world % n == 0]
-        cuts = (cut for cut in itertools.product(divisors, repeat=3) if math.prod(cut) == world)
-        near = sorted((Layout(*cut, self.schedule) for cut in cuts), key=self._unlikeness)
+        cuts = ((pp, dp, ep) for pp, dp, ep in itertools.product(divisors, repeat=3) if pp * dp * ep == world)
+        near = sorted((Layout(pp, dp, ep, self.schedule) for pp, dp, ep in cuts), key=self._unlikeness)
         others = [name for name in SCHEDULES if name != self.schedule]
         layouts = (
             replace(layout, schedule=name)
@@ -113,7 +118,7 @@ class Layout:
                 try:
                     return SCHEDULES[self.schedule](self.pp, rows // size)
                 except ValueError as error:
-                    obstacle = error
+                    obstacle = str(error)
             else:
                 obstacle = f"micro_batch_size={size}: must divide the {rows} rows of a rank"
         raise ValueError(f"{self.schedule} of {rows} rows per rank: {obstacle}")

@@ -15,9 +15,8 @@ used of them is in _torch_private.py.
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,10 +59,11 @@ class Stage(MiniDS):
     def __init__(self, model: MiniDS, stage: int, stages: int):
         nn.Module.__init__(self)
         self.config, dense = model.config, model.config.first_k_dense_replace
-        self.attention_context = model.attention_context
+        self.attention_context = model.attention_context  # type: ignore[method-assign]  # it reads the embedding
         self.is_first, self.is_last = stage == 0, stage == stages - 1
         start, end = (model.config.num_hidden_layers * i // stages for i in (stage, stage + 1))
-        self.layers = nn.ModuleDict({str(i): model.layers[i] for i in range(start, end)})
+        layers = {str(i): model.layers[i] for i in range(start, end)}
+        self.layers = nn.ModuleDict(layers)  # type: ignore[assignment]  # a list would number them from 0
         self.rows = [i - dense for i in range(max(start, dense), end)]  # this stage's rows of `tokens_per_expert`
         if self.is_first or self.is_last and model.mtp:
             self.embedding = model.embedding
@@ -71,13 +71,14 @@ class Stage(MiniDS):
             self.norm, self.head, self.mtp = model.norm, model.head, model.mtp
             self.rows += range(model.config.num_moe_layers, len(model.routers()))
 
-    def forward(
+    def forward(  # type: ignore[override]  # most stages get a residual stream instead of tokens
         self, x: Float[Tensor, "batch seq dim"] | None = None, *, batch: MicroBatch
     ) -> Float[Tensor, "batch seq dim"] | Float[Tensor, ""]:
         """Return the residual stream, the last stage the loss; each stage adds the balance loss of its layers."""
         x = self.embedding(batch.tokens) if self.is_first else x
+        assert x is not None  # only the first stage may be called without it
         context, routings, loss = self.attention_context(batch.tokens), [], x.new_zeros(())
-        for layer in self.layers.values():
+        for layer in self.layers.children():
             x, routing = layer(x, context)
             if routing is not None:
                 routings.append(routing)
@@ -126,7 +127,7 @@ def program(schedule: Schedule) -> list[list[str]]:
     """
     numbers = _numbers(schedule)
     rank_of = {number: stop.rank for stop, number in numbers.items()}
-    programs = [[] for _ in schedule.actions]
+    programs: list[list[str]] = [[] for _ in schedule.actions]
     for rank, action in schedule.in_order():
         own = [numbers[Stop(rank, part.stage, part.direction)] for part in action.parts]
         cells = [f"{n}{part.kind}{part.micro_batch}" for n, part in zip(own, action.parts, strict=True)]
@@ -152,7 +153,10 @@ class _Runner(PipelineStage):
         weight = next(stage.parameters())
         stream = torch.empty(*shape, stage.config.hidden_size, dtype=weight.dtype, device="meta", requires_grad=True)
         super().__init__(stage, number, numbers, weight.device, () if stage.is_first else stream, stream, group=group)
-        self.stop, self.batches, self.spans, self.autocast = stop, [], [], nullcontext()
+        self.stop = stop
+        self.batches: list[MicroBatch] = []
+        self.spans: list[Span[Action]] = []
+        self.autocast: AbstractContextManager = nullcontext()
 
     is_first = property(lambda self: self.submod.is_first)  # for torch only number 0 is a first stage
 
@@ -185,12 +189,19 @@ class Pipeline:
     Every process of `group` creates one, with the same schedule and an equal `model`; `shape` is [batch, seq] of a
     micro-batch. The last stage calls `loss(output, target)`; its sum over all micro-batches is the global batch's loss
     without the balance loss (mean over sequences), which every stage adds for its layers: `output` has no routings.
+    `loss` may be set later, and anew before every step.
     `replicas` is the number of pipelines, each in its own group, among which the global batch and its loss are divided.
     Raises `ValueError` where the sizes do not fit together, `ScheduleError` for a schedule that cannot run.
     """
 
     def __init__(
-        self, model: MiniDS, schedule: Schedule, loss: Loss, shape: tuple[int, int], group=None, replicas: int = 1
+        self,
+        model: MiniDS,
+        schedule: Schedule,
+        loss: Loss | None,
+        shape: tuple[int, int],
+        group: dist.ProcessGroup | None = None,
+        replicas: int = 1,
     ):
         schedule.check()
         ranks, processes = len(schedule.actions), dist.get_world_size(group)
@@ -209,7 +220,7 @@ class Pipeline:
             for stop, number in numbers.items()
             if stop.rank == self.rank
         ]
-        self.at = {runner.stop: runner.submod for runner in self.runners}
+        self.at = {runner.stop: parts[runner.stop.stage] for runner in self.runners}
         self.stages, self.device = list(self.at.values()), self.runners[0].device
         self.per_route = schedule.micro_batches // len(schedule.routes)
         rank_of = {number: stop.rank for stop, number in numbers.items()}
@@ -226,6 +237,7 @@ class Pipeline:
         start; a pair ends with its backward. Where micro-batches enter at both ends, the first half enters at rank 0.
         """
         shapes, wanted = [tuple(each.shape) for each in tokens], [self.shape] * self.schedule.micro_batches
+        assert self.loss is not None, "set `loss` before the first step"
         rule = f"must be {len(wanted)} micro-batches of shape {self.shape}"
         require(shapes == wanted, "tokens", {shape: shapes.count(shape) for shape in shapes}, rule)
         (loss, tokens_per_expert), share = self._zeros(), 1 / (len(tokens) * self.replicas)
@@ -238,7 +250,7 @@ class Pipeline:
             _set_last(module, False)
         for weight in self.parameters().values():
             weight.grad = None  # an earlier gradient would count twice where two ranks share the parameter
-        spans = []
+        spans: list[Span[Action]] = []
         for runner in self.runners:
             route = next(i for i, stops in enumerate(self.schedule.routes) if runner.stop in stops)
             runner.batches, runner.spans = batches[route * self.per_route :][: self.per_route], spans
@@ -264,14 +276,17 @@ class Pipeline:
     def _add_shared_gradients(self) -> None:
         """Add the gradients of the other ranks' copies of this rank's parameters."""
         held = self.parameters()
-        for weight in held.values():
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        gradients = {name: local(weight.grad) for name, weight in held.items()}
+        gradients = {}
+        for name, weight in held.items():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            gradients[name] = local(weight.grad)
         for peer, names in self.shared_parameters.items():
             mine = torch.cat([gradients[name].flatten() for name in names])
             theirs = torch.empty_like(mine)
-            both = ((dist.isend, mine), (dist.irecv, theirs))
-            for work in dist.batch_isend_irecv([dist.P2POp(*way, None, self.group, group_peer=peer) for way in both]):
+            send = dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer)
+            receive = dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer)
+            for work in dist.batch_isend_irecv([send, receive]):
                 work.wait()
             for name, other in zip(names, theirs.split([gradients[name].numel() for name in names]), strict=True):
                 gradients[name] += other.view_as(gradients[name])
@@ -283,7 +298,8 @@ class Pipeline:
         x = torch.empty(*tokens.shape, self.stages[0].config.hidden_size, dtype=dtype, device=self.device)
         total, tokens_per_expert = self._zeros()
         batch = MicroBatch(tokens.to(self.device), target, loss, 0.0, total, tokens_per_expert)
-        for stop, following in pairwise((*self.schedule.routes[0], None)):
+        route = self.schedule.routes[0]
+        for stop, following in zip(route, (*route[1:], None), strict=True):
             if stop.rank == self.rank:
                 x = self.at[stop](x, batch=batch)
             if following is None or following.rank == stop.rank:
@@ -298,7 +314,7 @@ class Pipeline:
 
 def _shared_parameters(schedule: Schedule, stages: list[Stage], rank: int) -> dict[int, list[str]]:
     """Return by rank the names of the trainable parameters that it shares with `rank` (no third rank has them)."""
-    held = defaultdict(set)
+    held: defaultdict[int, set[str]] = defaultdict(set)
     for stop in _numbers(schedule):
         held[stop.rank].update(name for name, p in stages[stop.stage].named_parameters() if p.requires_grad)
     return {peer: sorted(held[rank] & held[peer]) for peer in held if peer != rank and held[rank] & held[peer]}

@@ -33,8 +33,8 @@ def plan(layout: Layout, config: ModelConfig, recipe: Recipe, device: str) -> st
     ]
     if pipeline:
         timeline = pipeline.simulate()
-        idle, count = max(timeline.bubble) / timeline.makespan, pipeline.micro_batches
-        lines.append(f"  schedule   {pipeline.name}, {pipeline.stages} stages; {count} micro-batches ")
+        idle = max(timeline.bubble) / timeline.makespan
+        lines.append(f"  schedule   {pipeline.name}, {pipeline.stages} stages; {pipeline.micro_batches} micro-batches ")
         lines[-1] += f"leave a rank idle for {idle:.0%} of the time, if a backward takes twice the time of a forward"
     return "\n".join(lines)
 

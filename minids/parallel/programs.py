@@ -26,7 +26,8 @@ def build(
 
 def _actions(words: list[str], stops: list[Stop]) -> Iterator[Action | Pair]:
     """Number the micro-batches of each stage; a W belongs to the oldest I without a W, of its stage if it names one."""
-    count, waiting = Counter(), []
+    count: Counter[tuple[Stop, bool]] = Counter()
+    waiting: list[Action] = []  # every I without a W, the oldest first
 
     def action(kind: str, chunk: str) -> Action:
         if kind == "W":

@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+What = TypeVar("What")
 
 
 class ScheduleError(ValueError):
@@ -78,10 +80,10 @@ class Stop(NamedTuple):
 Route = tuple[Stop, ...]
 
 
-class Span(NamedTuple):
-    """An action, or a named component of a pair, with its start and end time."""
+class Span(NamedTuple, Generic[What]):
+    """An action, or a named component of a pair (`Span[str]`), with its start and end time."""
 
-    action: Action | Pair | str
+    action: What
     start: float
     end: float
 
@@ -90,7 +92,7 @@ class Span(NamedTuple):
 class Timeline:
     """A simulated schedule: the spans of each rank, in order; times are in the unit of the costs."""
 
-    spans: list[list[Span]]
+    spans: list[list[Span[Action | Pair]]]
 
     @property
     def makespan(self) -> float:
@@ -163,7 +165,8 @@ class Schedule:
         if W > B:
             raise ValueError(f"W={W}: must not exceed B={B}, of which it is a part")
         cost = {"F": F, "B": B, "I": B - W, "W": W, "FB": FB}
-        spans, ended = [[] for _ in self.actions], {}
+        spans: list[list[Span[Action | Pair]]] = [[] for _ in self.actions]
+        ended: dict[Action, float] = {}
         for rank, action in self.in_order():
             arrivals = (ended[each] + transfer * (self.rank_of(each) != rank) for each in self.needs(action))
             start = max(spans[rank][-1].end if spans[rank] else 0, *arrivals, 0)
@@ -206,7 +209,8 @@ class Schedule:
     def in_order(self) -> Iterator[tuple[int, Action | Pair]]:
         """Yield (rank, action) in an order in which all can run; raises `ScheduleError` when no rank can continue."""
         needs = [[self.needs(action) for action in actions] for actions in self.actions]
-        done, position = set(), [0] * len(self.actions)
+        done: set[Action] = set()
+        position = [0] * len(self.actions)
         moving = True
         while moving:
             moving = False
@@ -228,8 +232,8 @@ class Schedule:
             waiting[rank] = min(missing, key=lambda each: (self.rank_of(each) != rank, each))
             rank = self.rank_of(waiting[rank])
         if rank not in blocked:
-            waiter, missing = waiting.popitem()
-            return f"rank {waiter} waits forever at {blocked[waiter]}: rank {rank} never does {missing}"
+            waiter, needed = waiting.popitem()
+            return f"rank {waiter} waits forever at {blocked[waiter]}: rank {rank} never does {needed}"
         if self.rank_of(waiting[rank]) == rank:
             return f"rank {rank} does {blocked[rank]} before {waiting[rank]}, which it needs"
         cycle = list(waiting)[list(waiting).index(rank) :]

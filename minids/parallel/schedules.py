@@ -1,7 +1,7 @@
 """All pipeline schedules by name, and a comparison of their bubble and memory."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from minids.cost import BUBBLES
 from minids.parallel.dualpipe import dualpipe, dualpipev
@@ -13,6 +13,9 @@ GENERATORS = (gpipe, one_f_one_b, interleaved_one_f_one_b, zb1p, zbv, dualpipe, 
 
 
 SCHEDULES = {generator.__name__: generator for generator in GENERATORS}
+
+
+ScheduleName = Literal["gpipe", "one_f_one_b", "interleaved_one_f_one_b", "zb1p", "zbv", "dualpipe", "dualpipev"]
 
 
 def bubble_formula(schedule: Schedule, F: float = 1, B: float = 2, W: float = 1, FB: float = 3) -> float | None:

@@ -12,11 +12,12 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -39,11 +40,6 @@ from minids.training.loss import IGNORED, LossDenominators, Losses, losses, targ
 from minids.training.metrics import Metrics
 from minids.training.pretrain import Recipe, TextData, Trainer, validation_batches
 
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None
-
 KNOWN_PEAK = "NVIDIA H800"  # the only GPU whose peak is known from a source: cost.H800_PEAK_FLOPS
 
 
@@ -53,9 +49,9 @@ def save_shards(destination: Path, tensors: dict[str, dict[str, Tensor]], state:
     Raises `OSError` where the disk refuses.
     """
     writes = dist.get_rank() == 0
-    with atomic_directory(destination) if writes else nullcontext() as folder:
+    with atomic_directory(destination) if writes else nullcontext(destination) as folder:
         message = [folder]
-        dist.broadcast_object_list(message)
+        dist.broadcast_object_list(message)  # rank 0's folder, which gets its name after this block
         for name, content in tensors.items():
             if any(isinstance(tensor, DTensor) for tensor in content.values()):
                 _save_together(content, message[0] / name)
@@ -137,6 +133,7 @@ class ParallelTrainer(Trainer):
     def _run_pipeline(
         self, batch: Batch, mtp_weight: float, denominators: LossDenominators
     ) -> tuple[Losses, Tensor | None]:
+        assert self.pipeline is not None
         loss_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
 
         def loss(out, micro):
@@ -171,8 +168,10 @@ class ParallelTrainer(Trainer):
         Shards are disjoint; a parameter that two ranks share counts on the lower rank only.
         """
         gradients = {name: local(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
-        shared = self.pipeline.shared_parameters.items() if self.pipeline else ()
-        elsewhere = {name for rank, names in shared if rank < self.pipeline.rank for name in names}
+        elsewhere: set[str] = set()
+        if self.pipeline is not None:
+            shared = self.pipeline.shared_parameters
+            elsewhere.update(*(names for rank, names in shared.items() if rank < self.pipeline.rank))
         squares = (gradient.double().square().sum() for name, gradient in gradients.items() if name not in elsewhere)
         total = sum(squares, torch.zeros((), dtype=torch.float64, device=self.device))
         dist.all_reduce(total)
@@ -196,7 +195,7 @@ class ParallelTrainer(Trainer):
         with waits() if self.profile else nullcontext() as seconds:
             metrics = super().train_step()
         metrics |= memory(self.device)
-        if self.profile and self.device == "cpu":
+        if seconds is not None and self.device == "cpu":
             per_step = self.recipe.batch_size * self.recipe.seq_len
             metrics["exposed_communication"] = sum(seconds) * metrics["tokens_per_second"] / per_step
         if self.device == "cuda" and torch.cuda.get_device_name() == KNOWN_PEAK:
@@ -212,7 +211,7 @@ class ParallelTrainer(Trainer):
         for batch in validation_batches(self.data, self.recipe):
             labels = targets(batch)
             nats += self._summed_cross_entropy(self.rows(batch).to(self.device))
-            byte_count += token_bytes[labels[labels != IGNORED]].sum().item()
+            byte_count += int(token_bytes[labels[labels != IGNORED]].sum())
         reshard(self.parts)
         dist.all_reduce(nats, group=self.data_group)
         return nats.item() / math.log(2) / byte_count
@@ -229,8 +228,10 @@ class ParallelTrainer(Trainer):
         reader = dcp.HuggingFaceStorageReader(str(folder))
         stored = reader.read_metadata().state_dict_metadata
         key_of = {present_name(key): key for key in stored}
+        tensors = {key: entry for key, entry in stored.items() if isinstance(entry, dcp.TensorStorageMetadata)}
+        shape_of = {present_name(key): entry.size for key, entry in tensors.items()}
         held = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
-        wrong = [n for n, tensor in held.items() if n not in key_of or stored[key_of[n]].size != tensor.shape]
+        wrong = [name for name, tensor in held.items() if shape_of.get(name) != tensor.shape]
         if wrong:
             raise ValueError(f"{folder} is damaged: it has no {wrong[0]} of this model's shape")
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -242,10 +243,17 @@ class ParallelTrainer(Trainer):
         dcp.load({key_of[name]: tensor for name, tensor in (held | optimizer).items()}, storage_reader=reader)
         load_optimizer_tensors(self.model, self.optimizers, optimizer)
 
-    def run(self, **options: Any) -> list[Metrics]:
+    def run(
+        self,
+        *,
+        directory: Path | None = None,
+        progress: bool = True,
+        tensorboard: bool = False,
+        on_step: Callable[[Metrics], None] | None = None,
+    ) -> list[Metrics]:
         """Run as `Trainer` does. Raises `ConnectionError` naming the ranks that died or do not answer."""
         try:
-            return super().run(**options)
+            return super().run(directory=directory, progress=progress, tensorboard=tensorboard, on_step=on_step)
         except RuntimeError as error:
             silent = _silent_ranks()
             if not silent:
@@ -270,18 +278,17 @@ def waits() -> Iterator[list[float]]:
         finally:
             seconds.append(time.perf_counter() - began)
 
-    dist.Work.wait = timed
-    try:
+    with patch.object(dist.Work, "wait", timed):
         yield seconds
-    finally:
-        dist.Work.wait = wait
 
 
 def memory(device: str) -> Metrics:
     """Return the peak memory of this process in GB: on a GPU the GPU's, on a CPU where the system reports it."""
     if device == "cuda":
         return {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows has none
         return {}
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}

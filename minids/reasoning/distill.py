@@ -84,14 +84,16 @@ def sample_attempts(
     path: Path,
     *,
     samples: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    max_cache_bytes: int = 2**28,
     seed: int = 0,
     at_once: int = 64,
     progress: bool = True,
-    **options,
 ) -> list[Attempt]:
     """Sample `samples` answers to each problem and store them as lines of `path`; resume after its last full round.
 
-    A round answers `at_once` problems. `options` are those of `rollout.sample`.
+    A round answers `at_once` problems. Length, temperature and size of the cache are those of `rollout.sample`.
     """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = sum(line.endswith("\n") for line in lines)
@@ -104,8 +106,10 @@ def sample_attempts(
         for round_number in range(math.ceil(first / at_once), math.ceil(len(problems) / at_once)):
             draw = random.Random(f"{seed} {round_number}").getrandbits(63)
             some = problems[round_number * at_once : (round_number + 1) * at_once]
-            generator = torch.Generator(model.head.weight.device).manual_seed(draw)
-            groups = answer(model, tokenizer, some, reward, samples, generator=generator, **options)
+            groups = answer(
+                model, tokenizer, some, reward, samples, max_new_tokens=max_new_tokens, temperature=temperature,
+                generator=torch.Generator(model.head.weight.device).manual_seed(draw), max_cache_bytes=max_cache_bytes,
+            )  # fmt: skip
             new = [Attempt.of(sample) for group in groups for sample in group]
             file.write(as_lines(new))
             file.flush()
@@ -122,13 +126,23 @@ def rejection_sample(
     directory: Path,
     *,
     kept_of_each: int,
-    **options,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    max_cache_bytes: int = 2**28,
+    seed: int = 0,
+    at_once: int = 64,
+    progress: bool = True,
 ) -> list[Example]:
     """Return the attempts that `select` keeps. `directory` gets attempts.jsonl (all) and reasons.json (counts).
 
-    `options` are those of `sample_attempts`. Raises `ValueError` where none is kept.
+    The arguments after `kept_of_each` are those of `sample_attempts`. Raises `ValueError` where none is kept.
     """
-    attempts = sample_attempts(model, tokenizer, problems, reward, directory / "attempts.jsonl", **options)
+    attempts = sample_attempts(
+        model, tokenizer, problems, reward, directory / "attempts.jsonl", samples=samples,
+        max_new_tokens=max_new_tokens, temperature=temperature, max_cache_bytes=max_cache_bytes, seed=seed,
+        at_once=at_once, progress=progress,
+    )  # fmt: skip
     reasons = select(attempts, kept_of_each)
     atomic_write_text(directory / "reasons.json", json.dumps(Counter(reasons)))
     kept = [Example(a.prompt, a.answer) for a, reason in zip(attempts, reasons, strict=True) if reason == "kept"]

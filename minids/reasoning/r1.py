@@ -30,7 +30,7 @@ from minids.reasoning.tasks import Task, TraceTask
 from minids.reasoning.trainer import RLRecipe, RLTrainer
 from minids.training.loss import bits_per_byte
 from minids.training.pretrain import TextData, Trainer, validation_batches
-from minids.training.run import check_new, locked, read_run, write_run
+from minids.training.run import check_new, described_by, locked, read_run, write_run
 
 R1_WEIGHTS = {**R1_ZERO_WEIGHTS, "language": 0.1}
 MAX_NEW_TOKENS = RLRecipe().max_new_tokens
@@ -93,7 +93,7 @@ class R1Run:
 
     def __init__(self, directory: Path, recipe: R1Recipe, progress: bool = True, device: str = "cpu"):
         self.directory, self.recipe, self.progress, self.device = directory, recipe, progress, device
-        self.task = TraceTask()
+        self.task: Task = TraceTask()
 
     @classmethod
     def begin(cls, directory: Path, recipe: R1Recipe, device: str = "cpu") -> "R1Run":
@@ -111,10 +111,8 @@ class R1Run:
         if fields["kind"] != "r1":
             raise ValueError(f"{directory} was made by {fields['kind']}, not by r1")
         recipe = fields.get("recipe", {name: value for name, value in fields.items() if name != "kind"})
-        try:
+        with described_by(directory):
             return cls(directory, R1Recipe(**recipe), device=device)
-        except TypeError:
-            raise ValueError(f"{directory / 'run.json'} is damaged: not the description of a run") from None
 
     @functools.cached_property
     def text(self) -> TextData:

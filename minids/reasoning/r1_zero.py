@@ -78,9 +78,6 @@ def load_base(directory: Path, task: Task) -> MiniDS:
     return model
 
 
-def rule_reward(task: TaskName, weights: Mapping[str, float] = R1_ZERO_WEIGHTS, weaker: bool = False) -> RuleReward:
-    """Return the reward of a task: by comparison for "trace", by unit tests in a sandbox for "program".
-
-    `weaker` falls back to Landlock and seccomp where the sandbox's stronger isolation is unavailable.
-    """
-    return RuleReward(weights, None if task == "trace" else Sandbox(weaker=weaker).run_many)
+def rule_reward(task: TaskName, weights: Mapping[str, float] = R1_ZERO_WEIGHTS) -> RuleReward:
+    """Return the reward of a task: by comparison for "trace", by unit tests in a sandbox for "program"."""
+    return RuleReward(weights, None if task == "trace" else Sandbox().run_many)

@@ -71,7 +71,7 @@ def exact_answer(problem: Problem, response: Response) -> float:
     return float(response.answer is not None and response.answer.strip() == problem.answer)
 
 
-def has_form(response: Response) -> float:
+def has_format(response: Response) -> float:
     """Return the format reward: 1 for <think>...</think><answer>...</answer><eos> and nothing else, else 0."""
     return float(response.well_formed)
 
@@ -169,7 +169,7 @@ class RuleReward:
             accuracy = unit_tests(problems, responses, self.judge)
         scores = []
         for correct, response in zip(accuracy, responses, strict=True):
-            parts = {"accuracy": correct, "format": has_form(response), "language": language_consistency(response)}
+            parts = {"accuracy": correct, "format": has_format(response), "language": language_consistency(response)}
             scores.append(Score(parts, sum(self.weights.get(name, 0.0) * value for name, value in parts.items())))
         return scores
 

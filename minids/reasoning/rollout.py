@@ -13,7 +13,7 @@ from minids.inference.generate import Sampling, stream
 from minids.model.layers import at_least_float32
 from minids.model.moe import Routing
 from minids.model.transformer import MiniDS
-from minids.reasoning.rewards import Response, Reward, Score, read_response
+from minids.reasoning.rewards import Response, Reward, Score, apply_reward, read_response
 from minids.reasoning.tasks import Problem
 
 
@@ -85,9 +85,11 @@ def sample(
     responses: list[list[int]] = [[] for _ in prompts]
     logps: list[list[float]] = [[] for _ in prompts]
     for first in range(0, len(prompts), at_once):
-        sampling = Sampling(temperature)
-        options = dict(max_new_tokens=max_new_tokens, sampling=sampling, stop=[stop], generator=generator)
-        for alive, drawn, drawn_logps in stream(model, prompts[first : first + at_once], **options):
+        steps = stream(
+            model, prompts[first : first + at_once], max_new_tokens=max_new_tokens, sampling=Sampling(temperature),
+            stop=[stop], generator=generator,
+        )  # fmt: skip
+        for alive, drawn, drawn_logps in steps:
             for row, token, logp in zip(alive, drawn, drawn_logps, strict=True):
                 responses[first + row].append(token)
                 logps[first + row].append(logp)
@@ -110,14 +112,21 @@ def answer(
     problems: Sequence[Problem],
     reward: Reward,
     group_size: int,
-    **options,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    max_cache_bytes: int = 2**28,
 ) -> list[list[Sample]]:
-    """Sample a group of scored answers to each problem; `options` are those of `sample`."""
+    """Sample a group of scored answers to each problem; the last four arguments are those of `sample`."""
     repeated = [problem for problem in problems for _ in range(group_size)]
     prompts = [[tokenizer.bos_id, *tokenizer.encode(problem.prompt)] for problem in repeated]
-    tokens, logps = sample(model, prompts, stop=tokenizer.eos_id, **options)
+    tokens, logps = sample(
+        model, prompts, stop=tokenizer.eos_id, max_new_tokens=max_new_tokens, temperature=temperature,
+        generator=generator, max_cache_bytes=max_cache_bytes,
+    )  # fmt: skip
     responses = [read_response(of_prompt, tokenizer) for of_prompt in tokens]
-    scores = reward(repeated, responses)
+    scores = apply_reward(reward, repeated, responses)
     samples = list(map(Sample, repeated, prompts, responses, logps, scores))
     return [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
 
@@ -132,16 +141,27 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean, and half the width of its 95 % confidence interval from the spread between problems."""
-    values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+    sample = torch.tensor(values, dtype=torch.float64)
+    return sample.mean().item(), 1.96 * sample.std().item() / math.sqrt(len(values))
 
 
 def evaluate(
-    model: MiniDS, tokenizer: Tokenizer, problems: Sequence[Problem], reward: Reward, *, samples: int, **options
+    model: MiniDS,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    reward: Reward,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    max_cache_bytes: int = 2**28,
 ) -> dict[str, float]:
-    """Return the `summary` of `samples` answers to each problem, sampled with a fixed seed; options as in `sample`."""
-    generator = torch.Generator(model.head.weight.device).manual_seed(0)
-    return summary(answer(model, tokenizer, problems, reward, samples, generator=generator, **options))
+    """Return the `summary` of `samples` answers to each problem, sampled with a fixed seed; see `sample`."""
+    groups = answer(
+        model, tokenizer, problems, reward, samples, max_new_tokens=max_new_tokens, temperature=temperature,
+        generator=torch.Generator(model.head.weight.device).manual_seed(0), max_cache_bytes=max_cache_bytes,
+    )  # fmt: skip
+    return summary(groups)
 
 
 def summary(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
@@ -151,7 +171,7 @@ def summary(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     """
     samples = len(groups[0])
     correct_counts = [sum(sample.score.parts.get("accuracy") == 1 for sample in group) for group in groups]
-    metrics = {}
+    metrics: dict[str, float] = {}
     for k in sorted({1, samples}) if "accuracy" in groups[0][0].score.parts else ():
         mean, half = mean_with_interval([pass_at_k(samples, correct, k) for correct in correct_counts])
         metrics |= {f"pass@{k}": mean, f"pass@{k}_interval": half}
@@ -160,8 +180,10 @@ def summary(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
 
 def averages(samples: Sequence[Sample]) -> dict[str, float]:
     """Return the mean reward, its parts, the mean length in tokens, and the fraction of answers that did not end."""
-    count = len(samples)
-    parts = {name: sum(s.score.parts[name] for s in samples) / count for name in samples[0].score.parts}
+    count, names = len(samples), samples[0].score.parts.keys()
+    if any(s.score.parts.keys() != names for s in samples):
+        raise ValueError(f"reward: the parts {', '.join(names) or 'none'} of one batch are not those of another")
+    parts = {name: sum(s.score.parts[name] for s in samples) / count for name in names}
     return {
         "reward": sum(s.score.total for s in samples) / count,
         **{f"reward/{name}": value for name, value in parts.items()},

@@ -101,7 +101,7 @@ class ExampleStream(BatchStream):
 
     def state_dict(self) -> dict[str, int | str]:
         """Return the position as `BatchStream` does, with the loss mask: other targets are other examples."""
-        return super().state_dict() | {"loss_mask": hashlib.sha256(np.packbits(self.loss_mask)).hexdigest()[:16]}
+        return super().state_dict() | {"loss_mask": hashlib.sha256(np.packbits(self.loss_mask).data).hexdigest()[:16]}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Restore the saved position. Raises `ValueError` if it belongs to other examples."""

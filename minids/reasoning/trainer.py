@@ -133,6 +133,10 @@ def check(config: ModelConfig, tokenizer: Tokenizer, problems: Task | ProblemSet
     context, wanted = config.max_position_embeddings, recipe.max_new_tokens
     rule = f"must be at most {context - longest}: the context holds {context} tokens, a prompt has up to {longest}"
     require(longest + wanted <= context, "max_new_tokens", wanted, rule)
+    with torch.device("meta"):
+        needed = MiniDS(config).new_cache(1, longest + wanted).num_bytes()
+    rule = f"must be at least {needed}, the cache of one sequence of {longest + wanted} tokens"
+    require(needed <= recipe.max_cache_bytes, "max_cache_bytes", recipe.max_cache_bytes, rule)
 
 
 class LogpMismatch(RuntimeError):
@@ -197,11 +201,7 @@ class RLTrainer(Loop):
         """Sample a step's groups of answers; return them and the fraction of groups with zero advantages."""
         recipe = self.recipe
         rng = random.Random(f"{recipe.seed} {self.step}")
-        options = dict(
-            max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature,
-            generator=torch.Generator(self.model.head.weight.device).manual_seed(rng.getrandbits(63)),
-            max_cache_bytes=recipe.max_cache_bytes,
-        )  # fmt: skip
+        generator = torch.Generator(self.model.head.weight.device).manual_seed(rng.getrandbits(63))
         self.model.eval()
         groups: list[list[Sample]] = []
         sampled = flat = 0
@@ -211,7 +211,11 @@ class RLTrainer(Loop):
             if not missing:
                 break
             problems = self.problems.draw(rng, missing)
-            groups += answer(self.model, self.tokenizer, problems, self.reward, recipe.group_size, **options)
+            groups += answer(
+                self.model, self.tokenizer, problems, self.reward, recipe.group_size, generator=generator,
+                max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature,
+                max_cache_bytes=recipe.max_cache_bytes,
+            )  # fmt: skip
             sampled += missing
             flat += int(is_flat(_rewards(groups)).sum())
         return groups, flat / sampled
@@ -237,7 +241,9 @@ class RLTrainer(Loop):
             part = batch.rows(some)
             logp, entropy, routings = token_logps(model, part.tokens, recipe.temperature)
             with torch.no_grad():
-                ref_logp = self.reference and token_logps(self.reference, part.tokens, recipe.temperature)[0]
+                ref_logp = None
+                if self.reference is not None:
+                    ref_logp, _, _ = token_logps(self.reference, part.tokens, recipe.temperature)
             loss, stats = grpo_loss(
                 logp, part.old_logp, ref_logp, advantages[some], part.mask,
                 clip_low=recipe.clip_low, clip_high=recipe.clip_high, kl_weight=recipe.kl_weight, ratio=recipe.ratio,

@@ -44,6 +44,8 @@ def confine(
         landlock([(path, READ_FILE | READ_DIR) for path in readable]
                  + [(path, READ_DIR) for path in listable] + [(path, ALL) for path in writable])  # fmt: skip
     for name, value in rlimits.items():
+        _, most = resource.getrlimit(getattr(resource, name))  # of the user, which cannot be raised
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
         resource.setrlimit(getattr(resource, name), (value, value))
     os.dup2(1, 2)
     os.closerange(channel + 1, 256)

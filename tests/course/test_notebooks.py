@@ -9,7 +9,7 @@ import pytest
 from notebooks import CHAPTERS, EXERCISES, SOLUTIONS, name
 
 from minids.course import notebooks
-from minids.course.notebooks import ROOT, normal, read, with_holes
+from minids.course.notebooks import ROOT, normal, read, without_solutions
 
 ALL = CHAPTERS + SOLUTIONS + EXERCISES
 EXEMPT = "nbval-ignore-output"
@@ -81,7 +81,7 @@ def test_it_is_made_as_a_chapter_is(path):
 def test_the_exercises_are_made_from_the_solutions():
     assert [path.name for path in EXERCISES] == [path.name for path in SOLUTIONS]
     for solution, exercise in zip(SOLUTIONS, EXERCISES, strict=True):
-        made, stored = with_holes(read(solution)), read(exercise)
+        made, stored = without_solutions(read(solution)), read(exercise)
         assert [c.source for c in stored.cells] == [c.source for c in made.cells], "run it on the solution again"
 
 
@@ -136,7 +136,7 @@ def cell_of(source, outputs=()):
 
 def test_holes_keep_what_stands_around_them():
     source = "def f(x):\n    '''Say.'''\n    ### BEGIN SOLUTION\n    y = x\n    return y\n    ### END SOLUTION\n\n\nf"
-    (cell,) = with_holes(nbformat.v4.new_notebook(cells=[cell_of(source)])).cells
+    (cell,) = without_solutions(nbformat.v4.new_notebook(cells=[cell_of(source)])).cells
     assert cell.source == "def f(x):\n    '''Say.'''\n    raise NotImplementedError(\"your turn\")\n\n\nf"
 
 

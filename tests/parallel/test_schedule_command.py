@@ -1,6 +1,7 @@
 """The text chart of a schedule, and `minids schedule`."""
 
 import json
+from typing import get_args
 
 import pytest
 import tyro
@@ -10,7 +11,7 @@ from minids.cli.schedule import schedule_command
 from minids.parallel.dualpipe import dualpipe
 from minids.parallel.gantt import gantt
 from minids.parallel.one_f_one_b import gpipe, one_f_one_b
-from minids.parallel.schedules import SCHEDULES
+from minids.parallel.schedules import SCHEDULES, ScheduleName
 
 
 def test_gantt_by_hand():
@@ -59,6 +60,10 @@ def test_the_command_prints_actions_and_simulation_as_json(capsys):
         "start": [[span.start for span in rank] for rank in timeline.spans],
         "end": [[span.end for span in rank] for rank in timeline.spans],
     }
+
+
+def test_the_command_accepts_every_schedule():
+    assert get_args(ScheduleName) == tuple(SCHEDULES)
 
 
 def test_the_command_prints_a_gantt_and_a_table(capsys):

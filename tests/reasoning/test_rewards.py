@@ -12,7 +12,7 @@ from minids.reasoning.rewards import (
     Score,
     apply_reward,
     exact_answer,
-    has_form,
+    has_format,
     language_consistency,
     read_response,
     unit_tests,
@@ -35,7 +35,7 @@ RIGHT = "<think>7+8=15</think><answer>15</answer><eos>"
 def test_the_template_earns_both_rewards():
     response = read(RIGHT)
     assert response.thought == "7+8=15" and response.answer == "15" and response.ended
-    assert exact_answer(PROBLEM, response) == 1 and has_form(response) == 1
+    assert exact_answer(PROBLEM, response) == 1 and has_format(response) == 1
     assert exact_answer(Problem("", "16"), response) == 0
     assert read("<think></think><answer>15</answer><eos>").well_formed  # an empty thought has the form
 
@@ -90,12 +90,12 @@ def test_no_answer_is_not_right(text):
     ],
 )
 def test_what_has_not_the_form(text):
-    assert has_form(read(text)) == 0
+    assert has_format(read(text)) == 0
 
 
 def test_an_answer_without_a_thought_is_an_answer():
     response = read("<answer> 15\n</answer><eos>")
-    assert exact_answer(PROBLEM, response) == 1 and has_form(response) == 0
+    assert exact_answer(PROBLEM, response) == 1 and has_format(response) == 0
 
 
 def test_tags_that_are_spelt_out_are_no_tags():

@@ -35,7 +35,7 @@ class Chain:
     def draw(cls, rng: random.Random, length: int) -> "Chain":
         """Draw a random chain with all values in 0..`LARGEST`."""
         start = value = rng.randint(0, LARGEST)
-        instructions = []
+        instructions: list[Instruction] = []
         while len(instructions) < length:
             sign = rng.choice("++--*")
             instruction = sign, rng.randint(2, 4) if sign == "*" else rng.randint(1, 9)

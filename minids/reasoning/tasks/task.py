@@ -72,7 +72,8 @@ class Task(ABC):
 
     def held_out(self, count: int, seed: int = 99) -> list[Problem]:
         """Return distinct held-out problems, never in training, balanced over the difficulties; the same every time."""
-        rng, found = random.Random(seed), {}
+        rng = random.Random(seed)
+        found: dict[str, Problem] = {}
         while len(found) < count:
             n = self.difficulties[len(found) % len(self.difficulties)]
             problem = self.problem(rng, self.chain(rng, n, held_out=True))
