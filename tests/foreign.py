@@ -10,17 +10,22 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedToke
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # DeepSeek's own
 VOCAB, PADDED = 400, 416
+TEXT = """
+The model reads the text token by token. Each token looks back at the tokens before it, and the experts that the
+router has chosen add what they know. A draft is verified in one pass; an answer that is better than the mean of its
+group becomes likelier.
+"""
 
 
 def save_checkpoint(folder, seed=0):
-    """Random weights; a tokenizer trained on the README; the vocabulary is padded, as in the release."""
+    """Random weights; a tokenizer trained on a text of its own; the vocabulary is padded, as in the release."""
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB, initial_alphabet=alphabet, special_tokens=[BEGIN, END], show_progress=False
     )
-    core.train_from_iterator([README.read_text(encoding="utf-8")], trainer)
+    core.train_from_iterator([TEXT], trainer)
     PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BEGIN, eos_token=END).save_pretrained(folder)
     torch.manual_seed(seed)
     config = DeepseekV3Config(

@@ -34,8 +34,9 @@ def test_it_is_short():
 
 
 def test_what_is_rewarded_grows(finished):
+    """By .37 to .64 over eight seeds of the checkpoint; with a learning rate of 1e-9, not at all (three seeds)."""
     before, after = map(float, re.search(r"share of vowels: (\S+) then (\S+)", finished[1]).groups())
-    assert after > before + 0.3
+    assert after > before + 0.15
 
 
 def test_transformers_loads_the_taught_model_with_its_tokenizer(finished):

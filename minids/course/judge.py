@@ -47,7 +47,7 @@ VISIBLE = {  # modules that the exercises import, and what the student's process
     )
 }
 MEMORY, FILE, SCRATCH = 4 * 2**30, 2**26, 2**28  # bytes: address space, largest file, all temporary files
-START, GRACE = 60.0, 15.0  # seconds that a process has to start, and an interrupted call to stop
+START, GRACE = 60.0, 5.0  # seconds that a process has to start, and an interrupted call to stop
 RUN_CELL, CALL, TEST = range(3)  # the functions of minids.course.student
 
 Outcome = tuple[str, int, str]  # status, points, message

@@ -135,6 +135,11 @@ def _shell() -> Any:
         def enable_gui(self, gui: str | None = None) -> None:
             pass
 
+        def _tee(self, channel: str) -> contextlib.AbstractContextManager[None]:
+            return (
+                contextlib.nullcontext()
+            )  # IPython's keeps all output, and has no option not to: memory would run out
+
     settings = Config()
     settings.HistoryManager.enabled = False
     shell = Shell.instance(config=settings)

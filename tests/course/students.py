@@ -219,6 +219,7 @@ HOSTILE = {
     "fills the folder": Case(MANY_FILES, POINTS),
     "fills shared memory": Case(SHM, POINTS),
     "memory": Case("x = []\nwhile True: x.append(bytearray(2**28))"),
+    "prints without end": Case("while True: print('x' * 10**6)", POINTS, after=True),
     "escape sequences": Case(ESCAPE + "\n", POINTS),
     "surrogates": Case(raises("\ud800"), 0, after=True),
     "formulas": Case(raises("=1+1"), 0, after=True),
