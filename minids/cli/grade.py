@@ -37,6 +37,8 @@ def grade_command(
     for path in filter(None, (csv, junit)):
         if not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name a file for the table")
     if csv is not None and csv == junit:
         raise ValueError(f"--csv and --junit are the same file, {csv}")
     if workers is not None and workers < 1:

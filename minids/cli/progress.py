@@ -2,7 +2,7 @@
 
 from minids.cli.options import call
 from minids.course import progress
-from minids.course.checks import exercises
+from minids.course.checks import graded
 from minids.course.exercises import NAMES
 
 
@@ -12,4 +12,4 @@ def run(command: str, arguments: list[str]) -> None:
 
 def progress_command() -> None:
     """Print which exercises have passed their check in this checkout, by chapter, and which comes next."""
-    print("\n".join(progress.as_text((name, exercises(chapter)) for chapter, name in NAMES.items())))
+    print("\n".join(progress.as_text((name, graded(chapter)) for chapter, name in NAMES.items())))

@@ -281,6 +281,11 @@ def exercises(chapter: int) -> list[Exercise]:
         raise ValueError(f"chapter {chapter} has no exercises") from None
 
 
+def graded(chapter: int) -> list[Exercise]:
+    """Return the exercises of a chapter that are worth points: all but open tasks."""
+    return [exercise for exercise in exercises(chapter) if exercise.points]
+
+
 def find(id: str) -> Exercise:
     """Return exercise `id`, such as "2.1". Raises `ValueError` if there is none."""
     chapter = id.split(".")[0]
@@ -296,7 +301,7 @@ def check(id: str, answer: Any = None) -> Report:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         report = exercise.check(LocalAnswer(exercise.name, answer))
-    return progress.noted(report, exercises(int(id.split(".")[0])))
+    return progress.noted(report, graded(int(id.split(".")[0])))
 
 
 _hints_given: Counter[str] = Counter()

@@ -23,7 +23,7 @@ from types import TracebackType
 from xml.etree import ElementTree
 
 from minids.course import judge
-from minids.course.checks import exercises
+from minids.course.checks import graded
 from minids.course.exercises import NAMES
 from minids.course.submissions import LARGEST, File, Student, find_students
 from minids.sandbox.isolation import Layers
@@ -49,8 +49,8 @@ def grade(submissions: Path, seconds: float = SECONDS, workers: int | None = Non
 
     A chapter that at least one student submitted is expected from all. Raises `ValueError` where nothing can be graded.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds={seconds!r}: must be positive")
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds={seconds!r}: must be positive and finite")
     students = find_students(submissions, NAMES)
     chapters = sorted({chapter for student in students for chapter in student.notebooks})
     jobs = [(student, chapter) for student in students for chapter in chapters]
@@ -60,7 +60,7 @@ def grade(submissions: Path, seconds: float = SECONDS, workers: int | None = Non
     try:
         outcomes = threads.map(lambda job: _outcomes(job[0], job[1], seconds, layers, judges), jobs)
         for (student, chapter), outcome in zip(jobs, outcomes, strict=True):
-            for exercise, (status, points, message) in zip(_graded(chapter), outcome, strict=True):
+            for exercise, (status, points, message) in zip(graded(chapter), outcome, strict=True):
                 name = printable(student.name)
                 yield Grade(name, exercise.id, exercise.name, points, exercise.points, status, printable(message))
     finally:  # also where grading is interrupted
@@ -70,15 +70,11 @@ def grade(submissions: Path, seconds: float = SECONDS, workers: int | None = Non
         threads.shutdown()
 
 
-def _graded(chapter: int) -> list:
-    return [exercise for exercise in exercises(chapter) if exercise.points]
-
-
 def _outcomes(
     student: Student, chapter: int, seconds: float, layers: Layers, judges: set[BaseProcess]
 ) -> list[judge.Outcome]:
     """Return the outcome of every exercise of the chapter."""
-    count = len(_graded(chapter))
+    count = len(graded(chapter))
     files = student.notebooks.get(chapter, [])
     if len(files) != 1:
         return [("error", 0, _not_one(student, files))] * count

@@ -26,7 +26,7 @@ from typing import Any
 
 import nbformat
 
-from minids.course.checks import Exercise, exercises
+from minids.course.checks import Exercise, graded
 from minids.course.observation import Observation
 from minids.course.wire import Broken, Peer
 from minids.sandbox.errors import IsolationUnavailable
@@ -54,11 +54,11 @@ Outcome = tuple[str, int, str]  # status, points, message
 
 
 def judge(content: bytes, chapter: int, seconds: float, layers: Layers) -> Iterator[Outcome]:
-    """Run a notebook and yield the outcome of every exercise of the chapter, in order.
+    """Run a notebook and yield the outcome of every exercise of the chapter that is worth points, in order.
 
     `seconds` limits the cells together, and again the checks together.
     """
-    expected = exercises(chapter)
+    expected = graded(chapter)
     try:
         cells = read_cells(content)
         student = Student(layers)

@@ -30,8 +30,7 @@ def noted(report: "Report", chapter: "Sequence[Exercise]") -> "Report":
         return report
     passed = done() | {report.id: report.points}
     atomic_write_text(FILE, json.dumps(passed, indent=1, sort_keys=True))
-    graded = [exercise.id for exercise in chapter if exercise.points]
-    line = f"{sum(id in passed for id in graded)} of {len(graded)} exercises of this chapter are done"
+    line = f"{sum(each.id in passed for each in chapter)} of {len(chapter)} exercises of this chapter are done"
     return replace(report, lines=(*report.lines, line))
 
 
@@ -40,8 +39,7 @@ def as_text(chapters: "Iterable[tuple[str, Sequence[Exercise]]]") -> Iterator[st
     passed = done()
     yield f"{'chapter':24}{'done':>8}{'points':>10}  next"
     for name, chapter in chapters:
-        graded = [exercise for exercise in chapter if exercise.points]
-        finished = [exercise for exercise in graded if exercise.id in passed]
-        points = f"{sum(passed[exercise.id] for exercise in finished)}/{sum(exercise.points for exercise in graded)}"
-        following = next((f"{each.id} {each.name}" for each in graded if each.id not in passed), "-")
-        yield f"{name:24}{f'{len(finished)}/{len(graded)}':>8}{points:>10}  {following}"
+        finished = [exercise for exercise in chapter if exercise.id in passed]
+        points = f"{sum(passed[exercise.id] for exercise in finished)}/{sum(exercise.points for exercise in chapter)}"
+        following = next((f"{each.id} {each.name}" for each in chapter if each.id not in passed), "-")
+        yield f"{name:24}{f'{len(finished)}/{len(chapter)}':>8}{points:>10}  {following}"

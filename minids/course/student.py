@@ -135,10 +135,9 @@ def _shell() -> Any:
         def enable_gui(self, gui: str | None = None) -> None:
             pass
 
-        def _tee(self, channel: str) -> contextlib.AbstractContextManager[None]:
-            return (
-                contextlib.nullcontext()
-            )  # IPython's keeps all output, and has no option not to: memory would run out
+        @contextlib.contextmanager
+        def _tee(self, channel: str) -> Iterator[None]:  # IPython's keeps all output, with no way to turn it off
+            yield
 
     settings = Config()
     settings.HistoryManager.enabled = False

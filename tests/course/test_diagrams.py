@@ -74,7 +74,7 @@ def test_roles_differ_in_grey_by_face_edge_or_line():
 def test_labels_come_from_the_config():
     config = ModelConfig.preset("tiny")
     boxes = v3_map("moe", config=config).boxes
-    assert boxes["cache"].shape == f"{config.kv_lora_rank + config.qk_rope_head_dim} values"
+    assert boxes["cache"].shape == f"{config.kv_lora_rank + config.qk_rope_head_dim} values a token"
     assert boxes["moe"].role == "here" and boxes["attention"].role == "operation"
     assert v3_map(config=ModelConfig.preset("v3")).boxes["cache"].shape == "576 values"
 

@@ -15,8 +15,8 @@ import pytest
 from notebooks import EXERCISES, SOLUTIONS, chapter_number
 from students import FILE, HOSTILE, HOSTILE_FILES, cells_of, notebook, saved_by_others
 
-from minids.course import grade as grading
-from minids.course.checks import exercises
+from minids.course import checks, judge
+from minids.course.checks import OpenTask, exercises
 from minids.course.exercises import NAMES
 from minids.course.grade import Grade, grade, printable
 from minids.course.notebooks import ROOT
@@ -190,6 +190,8 @@ def test_a_table_that_could_not_be_written_is_refused_before_the_work(tmp_path):
     for options, words in (
         (["--csv", str(tmp_path / "no" / "table.csv")], "there is no folder"),
         (["--csv", "same", "--junit", "same"], "are the same file"),
+        (["--junit", str(tmp_path)], "is a folder: name a file for the table"),
+        (["--seconds", "inf"], "seconds=inf: must be positive and finite"),
         (["--workers", "0"], "workers=0: must be at least 1"),
     ):
         command = [sys.executable, "-m", "minids", "grade", str(tmp_path), *options]
@@ -201,7 +203,7 @@ def test_nothing_to_grade_is_one_line(tmp_path):
     command = [sys.executable, "-m", "minids", "grade", str(tmp_path / "class")]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 2 and "is not a folder or a zip file" in finished.stderr
-    with pytest.raises(ValueError, match="seconds=0: must be positive"):
+    with pytest.raises(ValueError, match="seconds=0: must be positive and finite"):
         next(grade(tmp_path, seconds=0))
 
 
@@ -249,9 +251,10 @@ def test_the_names_of_the_chapters_are_those_of_the_notebooks():
 
 
 def test_a_chapter_of_the_course_with_open_tasks_is_graded_without_them(monkeypatch, tmp_path):
-    from minids.course.checks import OpenTask
-
-    monkeypatch.setattr(grading, "exercises", lambda chapter: [*ASKED, OpenTask("0.9", "essay", ("a reason",))])
+    monkeypatch.setattr(checks, "exercises", lambda chapter: [*ASKED, OpenTask("0.9", "essay", ("a reason",))])
+    assert checks.graded(0) == ASKED and len(checks.exercises(0)) == len(ASKED) + 1
+    content = nbformat.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])).encode()
+    assert len(list(judge.judge(content, 0, 20.0, ()))) == len(ASKED)
     notebook(tmp_path / "anna" / FILE, "1")
     assert [row.exercise for row in grade(tmp_path)] == [exercise.id for exercise in ASKED]
 

@@ -16,7 +16,7 @@ def fp8_tiles(config: ModelConfig | None = None) -> Diagram:
     d.note(0.4, 8.5, f"X: tokens × {c.hidden_size:,}, a scale per 1×{TILE}")
     _grid(d, 0.4, 5.6, 4, 5, 1.5, 0.5, row=1)
     d.note(8.05, 6.6, f"... {tiles} tiles\nin a row")
-    d.note(11.0, 8.5, f"W: {shape(c.hidden_size, c.moe_intermediate_size)}, a scale per {TILE}×{TILE}")
+    d.note(11.0, 8.5, f"Wᵀ: {shape(c.hidden_size, c.moe_intermediate_size)}, a scale per {TILE}×{TILE}")
     _grid(d, 11.0, 4.8, 4, 3, 1.1, 0.85, column=1)
     d.note(14.5, 6.5, f"... {blocks} blocks\nacross,\n{tiles} down")
     d.note(0.4, 5.2, "contraction K →", strong=True)
@@ -24,14 +24,23 @@ def fp8_tiles(config: ModelConfig | None = None) -> Diagram:
     steps = 3
     for k in range(steps):
         x = 2.3 + 4.0 * k
-        d.box(f"sum {k}", x, 3.6, f"tile {k + 1} × block {k + 1}", f"{TILE} products, ~14 bits", "cache", 3.6, 0.9)
+        d.box(
+            f"sum {k}",
+            x,
+            3.6,
+            f"tile {k + 1} · column of block {k + 1}",
+            f"{TILE} products, ~14-bit sum",
+            "cache",
+            3.8,
+            0.9,
+        )
         d.box(f"promote {k}", x, 1.1, "FP32 sum", "", "tensor", 2.2, 0.8)
-        d.arrow(f"sum {k}", f"promote {k}", "$\\times\\; s_X s_W$")
+        d.arrow(f"sum {k}", f"promote {k}", f"$\\times\\; s_{{X{k + 1}}}\\, s_{{W{k + 1}}}$")
         if k:
             d.arrow(f"promote {k - 1}", f"promote {k}", "+")
     d.path([(2.3 + 4.0 * (steps - 1) + 1.1, 1.1), (13.4, 1.1)])
     d.note(13.6, 1.1, f"... after {tiles} tiles:\none element of the product")
-    d.note(12.4, 3.6, "promotion: the accumulator is\nadded in FP32 and cleared")
+    d.note(12.5, 3.6, "promotion: after each tile the\ntensor core's sum goes to FP32")
     return d
 
 

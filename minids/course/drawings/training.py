@@ -7,9 +7,12 @@ from minids.training.pretrain import Recipe
 
 
 def training_step(config: ModelConfig | None = None, recipe: Recipe | None = None) -> Diagram:
-    """Draw a step of pre-training with the weights of the losses of `recipe`, and the learning rate over a run."""
-    c, r = config or ModelConfig.preset("v3"), recipe or Recipe()
-    d = Diagram(17.2, 8.3, "A step: three losses, one backward pass, one update of the weights and one of the biases")
+    """Draw a step of pre-training with the weights of the losses of `recipe`, and the learning rate over a run.
+
+    By default both are those of `minids train`.
+    """
+    c, r = config or ModelConfig.preset("tiny"), recipe or Recipe()
+    d = Diagram(17.2, 8.3, "A step of our run: gradients move the weights, counts move the router's biases")
     d.box("batch", 1.7, 6.0, "batch", "sequences × tokens", "tensor", 2.8)
     d.box("forward", 5.2, 6.0, "forward", f"{c.num_hidden_layers} layers", "operation", 2.2)
     d.box("main", 9.0, 7.3, "main loss", "next token", "tensor", 2.8)
@@ -20,7 +23,7 @@ def training_step(config: ModelConfig | None = None, recipe: Recipe | None = Non
     d.box("optimizer", 15.7, 3.4, "AdamW", "learning rate", "operation", 2.4)
     d.box("weights", 12.2, 3.4, "weights", "new", "weight", 2.2)
     d.box("counts", 5.2, 3.4, "tokens per expert", "of the whole batch", "tensor", 3.0)
-    d.box("bias", 9.0, 3.4, "router bias", f"± {r.balance_speed:g}", "weight", 2.2)
+    d.box("bias", 9.0, 3.4, "router bias", f"± {r.balance_speed:g} a step", "weight", 2.8)
     for start, end in (("batch", "forward"), ("forward", "mtp"), ("mtp", "backward"), ("backward", "clip"),
                        ("clip", "optimizer"), ("optimizer", "weights"), ("forward", "counts")):  # fmt: skip
         d.arrow(start, end)
@@ -31,7 +34,7 @@ def training_step(config: ModelConfig | None = None, recipe: Recipe | None = Non
         d.axes.annotate("", (7.6, y), (6.95, y), arrowprops=arrowhead, zorder=2)
         d.axes.plot((10.4, 11.0, 11.0), (y, y, 6.0), color=INK, linewidth=1.0, zorder=2)
     d.arrow("counts", "bias", dashed=True)
-    d.note(6.85, 2.7, "no gradient", align="left")
+    d.note(6.85, 2.6, "no gradient: up where a router chose an expert too rarely", align="left")
     _schedule(d, LRSchedule(r.steps, r.warmup_steps), r, 3.2, 0.75, 13.6, 1.1)
     return d
 
@@ -49,8 +52,8 @@ def _schedule(
     d.note(0.2, bottom + height / 2, "learning rate\nover the run", strong=True)
     for part, back, up, words, align in (
         (0.0, 0.0, -0.35, f"warm-up: {r.warmup_steps} steps", "left"),
-        (schedule.fall_begins, 0.0, -0.35, f"cosine; MTP weight {r.mtp_weight / 3:g}", "left"),
-        (schedule.fall_ends, 0.1, height - 0.15, "bias speed 0", "right"),
+        (schedule.fall_begins, 0.0, -0.35, f"from here: cosine, and MTP weight {r.mtp_weight / 3:g}", "left"),
+        (schedule.fall_ends, 0.1, height - 0.15, "from here: biases fixed", "right"),
     ):
         place = left + width * part
         d.axes.plot((place, place), (bottom - 0.1, bottom + height), color=MUTED, linewidth=0.8, linestyle=":")
