@@ -76,7 +76,7 @@ def test_labels_come_from_the_config():
     boxes = v3_map("moe", config=config).boxes
     assert boxes["cache"].shape == f"{config.kv_lora_rank + config.qk_rope_head_dim} values a token"
     assert boxes["moe"].role == "here" and boxes["attention"].role == "operation"
-    assert v3_map(config=ModelConfig.preset("v3")).boxes["cache"].shape == "576 values"
+    assert v3_map(config=ModelConfig.preset("v3")).boxes["cache"].shape == "576 values a token"
 
 
 def test_a_part_that_is_not_on_the_map_is_named():
