@@ -7,9 +7,10 @@
 NotImplementedError` in the exercise.
 
 The convention for outputs that differ between machines: the tests run each notebook again and compare the printed text
-character by character. Figures and live widgets are not compared. A cell whose text has to differ (a training loop with
-times, a progress bar) has the tag `nbval-ignore-output`, and the next code cell asserts what it showed. A cell that is
-meant to fail has the tag `raises-exception`. There are no other exemptions.
+character by character. Figures and live widgets are not compared. A cell whose text has to differ (times, values that
+depend on the processor) has the tag `nbval-ignore-output` and holds them with `minids.course.between`, or the next code
+cell asserts what it showed. A cell that is meant to fail has the tag `raises-exception`. There are no other exemptions.
+A cell of plumbing (data for a plot, a table's layout) has the tag `hide-input`: it is folded, and can be opened.
 """
 
 import copy
@@ -26,6 +27,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[2]
 SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?### END SOLUTION[ \t]*$", re.DOTALL | re.MULTILINE)
 LIVE_WIDGET = "application/vnd.jupyter.widget-view+json"
+HIDDEN = "hide-input"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -64,13 +66,16 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
 
 def normal(notebook: NotebookNode) -> NotebookNode:
-    """Return a copy without random ids, times, colours and paths in tracebacks, and widgets without a kernel."""
+    """Return a copy without times, colours and paths in tracebacks, and widgets without a kernel.
+
+    The ids of the cells are kept, so that links and translations survive an inserted cell.
+    """
     notebook = copy.deepcopy(notebook)
     notebook.metadata = nbformat.from_dict(METADATA)
-    for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number:03d}"
-        tags = cell.metadata.get("tags")
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        folded = {"jupyter": {"source_hidden": True}} if HIDDEN in tags else {}
+        cell.metadata = nbformat.from_dict(folded | ({"tags": tags} if tags else {}))
         if cell.cell_type == "code":
             for output in cell.outputs:
                 if output.output_type == "error":
