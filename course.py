@@ -61,6 +61,10 @@ def set_up(environment: Path | None = None, requirements: str = "requirements.tx
     notification = {"fetchNews": "false", "checkForUpdates": False}
     overrides = {"@jupyterlab/apputils-extension:notification": notification}
     (settings / "overrides.json").write_text(json.dumps(overrides))
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = environment / ("Lib/site-packages" if os.name == "nt" else f"lib/{version}/site-packages")
+    packages.mkdir(parents=True, exist_ok=True)
+    (packages / "minids.pth").write_text(os.path.relpath(ROOT, packages) + "\n")  # scripts in benchmarks/ import minids
     stamp.write_text(wanted)
 
 
@@ -87,7 +91,10 @@ def main(task: str = "lab", *options: str) -> int:
         return 2
     environment = SITE_ENVIRONMENT if task == "site" else ENVIRONMENT
     set_up(environment, "requirements-site.txt" if task == "site" else "requirements.txt")
-    process = subprocess.Popen([python_of(environment), "-m", *command_of(task), *options], cwd=ROOT)
+    from minids.threads import openmp_settings  # needs no package
+
+    command = [python_of(environment), "-m", *command_of(task), *options]
+    process = subprocess.Popen(command, cwd=ROOT, env=openmp_settings(os.environ) | os.environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the child's to handle: it saves before it stops
     return process.wait()
 

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from minids.threads import openmp_settings
+
 COMMANDS = {
     "train": "pre-train a model on text, on one device or many",
     "sample": "generate text with a trained model",
@@ -77,6 +79,7 @@ def main() -> int:
     The status is 2 for a user's mistake, 1 for an error that was not foreseen, and 128 + n where signal n ended the
     command: 130 for Ctrl-C, 141 where the reader of the output has gone.
     """
+    os.environ |= openmp_settings(os.environ)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # redirected on Windows, it may lack most letters: write ? for these
             stream.reconfigure(errors="replace")

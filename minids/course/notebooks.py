@@ -24,6 +24,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
+from minids.threads import openmp_settings
+
 ROOT = Path(__file__).resolve().parents[2]
 SOLUTION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?### END SOLUTION[ \t]*$", re.DOTALL | re.MULTILINE)
 LIVE_WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -37,7 +39,11 @@ METADATA = {
 def environment() -> dict[str, str]:
     """Return the environment of every kernel that stores or compares outputs: minids importable, one thread."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    return (
+        openmp_settings(os.environ)
+        | os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    )
 
 
 def read(path: Path) -> NotebookNode:

@@ -76,6 +76,8 @@ def test_nothing_is_installed_twice(course, monkeypatch):
     course.set_up()
     assert calls == [CHECK, MAKE, INSTALL]
     assert (course.ENVIRONMENT / "share/jupyter/lab/settings/overrides.json").exists()
+    (link,) = course.ENVIRONMENT.rglob("minids.pth")
+    assert (link.parent / link.read_text().strip()).resolve() == course.ROOT
     course.set_up()
     assert calls[3:] == [CHECK]
 
