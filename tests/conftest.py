@@ -58,6 +58,7 @@ SLOW = (
     "reasoning/test_r1",
     "sandbox/",
     "test_documented_commands.py",
+    "test_gpu_benchmark.py",
     "test_readme.py",
     "test_types.py",
 )
