@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -106,22 +107,61 @@ def decoding(repeats: int) -> list[dict]:
         def ours(prompts=prompts):
             generate(model, prompts.tolist(), max_new_tokens=64, sampling=Sampling(0.0))
 
-        def theirs(prompts=prompts):
-            with torch.inference_mode():
-                twin.generate(prompts, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
-
         for implementation in ("eager", "grouped_mm"):
             twin.set_experts_implementation(implementation)
             what = f"decoding at batch {batch}, transformers {implementation} / minids"
-            rows.append(_compare(what, theirs, ours, repeats, ">= 4"))
+            rows.append(_compare(what, partial(_greedy, twin, prompts), ours, repeats, ">= 1"))
     return rows
 
 
+def compiled_decoding(repeats: int) -> list[dict]:
+    """Compare plain decoding and transformers' with the compiled step, which is built once (about a minute)."""
+    model = MiniDS(CONFIG).eval()
+    twin = in_transformers(model).eval()
+    rows = []
+    for batch, aims in ((1, (">= 3", ">= 4")), (16, ("", ">= 2"))):
+        prompts = torch.randint(1, CONFIG.vocab_size, (batch, 16))
+        sides = {
+            "minids": partial(generate, model, prompts.tolist(), max_new_tokens=64, sampling=Sampling(0.0)),
+            "transformers grouped_mm": partial(_greedy, twin, prompts),
+        }
+        compiled = partial(sides["minids"], compiled=True)
+        for (name, side), aim in zip(sides.items(), aims, strict=True):
+            rows.append(_compare(f"decoding at batch {batch}, {name} / compiled", side, compiled, repeats, aim))
+    return rows
+
+
+@torch.inference_mode()
+def _greedy(twin: "PreTrainedModel", prompts: torch.Tensor) -> None:
+    twin.generate(prompts, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
+
+
+def prefill(repeats: int) -> list[dict]:
+    """Compare the prefill of a prompt of 2,000 tokens with transformers'."""
+    model = MiniDS(CONFIG).eval()
+    twin = in_transformers(model).eval()
+    prompt = torch.randint(1, CONFIG.vocab_size, (1, 2000))
+
+    @torch.inference_mode()
+    def ours() -> None:
+        model.logits(model.trunk(prompt, model.new_cache(1, 2000))[0][:, -1:])
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        twin(prompt, use_cache=True, logits_to_keep=1)
+
+    return [_compare("prefill of 2,000 tokens, transformers / minids", theirs, ours, repeats, ">= 1")]
+
+
 def number_of_experts(repeats: int) -> list[dict]:
-    """Compare a training step of 64 experts with one of 8 experts of the same size, top-k fixed."""
+    """Compare a training step of 64 and of 256 experts with one of 8 experts of the same size, top-k fixed."""
     tokens = torch.randint(CONFIG.vocab_size, (BATCH, SEQ_LEN + 1))
-    many, few = (_training_step(MiniDS(CONFIG.replace(n_routed_experts=n)), tokens) for n in (64, 8))
-    return [_compare("training step, 64 experts / 8 experts", many, few, repeats, "<= 1.4")]
+    few = _training_step(MiniDS(CONFIG.replace(n_routed_experts=8)), tokens)
+    rows = []
+    for count, aim in ((64, "<= 1.4"), (256, "<= 1.6")):
+        many = _training_step(MiniDS(CONFIG.replace(n_routed_experts=count)), tokens)
+        rows.append(_compare(f"training step, {count} experts / 8 experts", many, few, repeats, aim))
+    return rows
 
 
 def context_length(repeats: int) -> list[dict]:
@@ -252,11 +292,13 @@ def startup(repeats: int) -> list[dict]:
     return rows
 
 
-Question = Literal["train", "memory", "decode", "experts", "context", "speculative", "startup"]
+Question = Literal["train", "memory", "decode", "compiled", "prefill", "experts", "context", "speculative", "startup"]
 QUESTIONS: dict[Question, Callable[[int], list[dict]]] = {
     "train": training,
     "memory": peak_memory,
     "decode": decoding,
+    "compiled": compiled_decoding,
+    "prefill": prefill,
     "experts": number_of_experts,
     "context": context_length,
     "speculative": speculation,

@@ -20,7 +20,7 @@ def small(monkeypatch):
 
 
 def test_every_ratio_is_reported_with_its_spread(small, monkeypatch, capsys):
-    questions = ["train", "decode", "experts", "context"]
+    questions = ["train", "decode", "prefill", "experts", "context"]
     monkeypatch.setattr(sys, "argv", ["minids", "bench", *questions, "--repeats", "2", "--json"])
     assert main() == 0
     report = json.loads(capsys.readouterr().out)
@@ -28,10 +28,20 @@ def test_every_ratio_is_reported_with_its_spread(small, monkeypatch, capsys):
     whats = [row["what"] for row in report["rows"]]
     assert sum("training step, transformers" in what for what in whats) == 2
     assert sum("decoding at batch" in what for what in whats) == 4
-    assert sum("experts" in what for what in whats) == 1 and sum("position" in what for what in whats) == 1
+    assert sum("experts /" in what for what in whats) == 2 and sum("position" in what for what in whats) == 1
+    assert sum("prefill" in what for what in whats) == 1
     for row in report["rows"]:
         assert 0 < row["low"] <= row["median"] <= row["high"]
         assert len(row["cpu_seconds"]) == 2
+
+
+def test_the_compiled_step_is_compared_at_both_batches(small, monkeypatch):
+    """Whether it is compiled does not matter for the report; tests/inference compiles it."""
+    plain = bench.generate
+    monkeypatch.setattr(bench, "generate", lambda *arguments, compiled=False, **options: plain(*arguments, **options))
+    rows = bench.compiled_decoding(2)
+    assert [row["what"].partition(",")[0] for row in rows] == 2 * ["decoding at batch 1"] + 2 * ["decoding at batch 16"]
+    assert [row["aim"] for row in rows] == [">= 3", ">= 4", "", ">= 2"]
 
 
 def test_both_sides_have_the_same_weights(small):
