@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import nbformat
 from notebooks import SOLUTIONS
 
-from minids.course.checks import exercises
+from minids.course.checks import graded
 from minids.course.notebooks import ROOT, read
 
 FILE = SOLUTIONS[0].name
-NAMES = [exercise.name for exercise in exercises(0)]
-POINTS = sum(exercise.points for exercise in exercises(0))
+NAMES = [exercise.name for exercise in graded(0)]
+POINTS = sum(exercise.points for exercise in graded(0))
 
 
 def cells_of(path):
@@ -101,8 +101,8 @@ sys.modules["json"] = module
 """
 DUMPS = "import json\njson.dumps = lambda *a, **k: {!r}"
 REFERENCES = """
-from minids.course.checks import exercises
-for exercise in exercises(0):
+from minids.course.checks import graded
+for exercise in graded(0):
     globals()[exercise.name] = getattr(exercise, "reference", lambda f: None)
 """
 BY_PATH = f"""
@@ -146,7 +146,7 @@ def judge(f):
     seen += [str(each) for each in gc.get_objects() if "SpotTheBug" in type(each).__name__]
     assert any("right" in each for each in seen)
 """
-TEST = next(exercise.name for exercise in exercises(0) if hasattr(exercise, "bugs"))
+TEST = next(exercise.name for exercise in graded(0) if hasattr(exercise, "bugs"))
 AS_TEST = f"\n{TEST} = judge\n"
 CHANNEL = """
 import os, json, struct

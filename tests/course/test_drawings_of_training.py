@@ -7,9 +7,11 @@ from minids.config import ModelConfig
 from minids.course.drawings.dispatch import EXPERTS, GPUS, dispatch
 from minids.course.drawings.fp8_tiles import fp8_tiles
 from minids.course.drawings.mesh import mesh
-from minids.course.drawings.pipeline import bubble, fold
+from minids.course.drawings.pipeline import bubble, dual, fold
 from minids.course.drawings.r1_stages import distillation, r1_stages
 from minids.course.drawings.rl_loop import ppo_and_grpo, rl_loop
+from minids.course.overlap import overlap
+from minids.parallel.dualpipe import dualpipe
 from minids.parallel.layout import Layout
 from minids.parallel.one_f_one_b import gpipe
 from minids.reasoning.grpo import group_advantages
@@ -34,6 +36,16 @@ def test_bubble_draws_every_pass_where_the_simulation_has_it():
     assert f"idle for {timeline.bubble[0]:g} of {timeline.makespan:g}" in drawing.title
     widths = {box.label[0]: box.width for box in drawing.boxes.values()}
     assert widths["B"] == pytest.approx(2 * widths["F"])
+
+
+def test_dual_draws_every_pass_of_dualpipe_and_the_components_of_one_pair():
+    boxes, timeline, pair = dual(2, 4).boxes, dualpipe(2, 4).simulate(), overlap("FB", layers=1)
+    parts = [f"{rank} {part}" for rank, spans in enumerate(timeline.spans) for s in spans for part in s.action.parts]
+    blocks = {block.action: block for block in pair.compute + pair.communication}
+    assert set(boxes) == {*parts, *(f"pair {name}" for name in blocks)}
+    unit = boxes["pair MLP W"].width / (blocks["MLP W"].end - blocks["MLP W"].start)
+    for name, block in blocks.items():
+        assert boxes[f"pair {name}"].width == pytest.approx(unit * (block.end - block.start))
 
 
 def test_fold_holds_each_stage_twice_in_dualpipe_and_once_in_dualpipev():

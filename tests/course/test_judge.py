@@ -15,7 +15,7 @@ from notebooks import SOLUTIONS, chapter_number
 from students import POINTS, cells_of
 
 from minids.course import judge
-from minids.course.checks import Function, SpotTheBug, exercises
+from minids.course.checks import Function, SpotTheBug, exercises, graded
 from minids.course.notebooks import ROOT
 from minids.sandbox.errors import IsolationUnavailable
 from minids.sandbox.isolation import LINUX, without
@@ -47,7 +47,7 @@ def said(layers, source: str, seconds: float = 60.0) -> str:
 def test_the_solutions_earn_all_points(path, layers):
     chapter = chapter_number(path)
     outcome = list(judge.judge(path.read_bytes(), chapter, 240.0, layers))
-    assert outcome == [("passed", exercise.points, "") for exercise in exercises(chapter)]
+    assert outcome == [("passed", exercise.points, "") for exercise in graded(chapter)]
 
 
 def test_without_layers_the_judge_is_outside_all_the_same():

@@ -2,7 +2,8 @@
 
 import pytest
 
-from minids.course.pipeline_chart import draw
+from minids.course.overlap import overlap
+from minids.course.pipeline_chart import draw, draw_shares, draw_steps, draw_streams
 from minids.parallel.dualpipe import dualpipe
 from minids.parallel.one_f_one_b import gpipe, one_f_one_b
 from minids.parallel.schedules import SCHEDULES
@@ -45,3 +46,30 @@ def test_a_picture_tells_kinds_by_hatch_and_directions_by_darkness():
     plain = draw(one_f_one_b(2, 4).simulate(), labels=False)
     assert [text.get_text() for text in plain.legends[0].get_texts()] == words[:2] and not plain.axes[0].texts
     assert not draw(gpipe(2, 40).simulate(), size=(3, 2)).axes[0].texts  # no room
+
+
+def test_steps_have_a_bracket_each_over_their_actions():
+    timeline = gpipe(2, 3).simulate()
+    figure = draw_steps(timeline, [[3, 0, 3], [2, 4]])
+    assert len(figure.axes[0].patches) == 12
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "3", "1", "2"]
+    ends = [(min(line.get_xdata()), max(line.get_xdata())) for line in figure.axes[0].lines]
+    spans = [(timeline.spans[rank][first].start, timeline.spans[rank][last].end)
+             for rank, first, last in ((0, 0, 2), (0, 3, 5), (1, 0, 1), (1, 2, 5))]  # fmt: skip
+    assert ends == [pytest.approx((start + 0.12, end - 0.12)) for start, end in spans]
+
+
+def test_streams_label_every_block_with_its_component_and_kind():
+    layouts = {"alone": overlap("F", layers=2), "pair": overlap("FB", layers=1)}
+    figure = draw_streams(layouts, "a title")
+    alone, pair = ([text.get_text() for text in axes.texts] for axes in figure.axes)
+    assert alone == ["A F", "M F"] * 2 + ["D F", "C F"] * 2
+    assert pair == ["A F", "M I", "M W", "M F", "A I", "A W", "D B", "D F", "C B", "C F"]
+    assert figure.axes[1].get_title() == "pair: takes 6.5, computes for 6"
+
+
+def test_shares_are_stacked_in_order_and_the_bubble_is_white():
+    figure = draw_shares({"one": {"busy": 0.75, "bubble": 0.25}, "two": {"busy": 0.5, "bubble": 0.5}})
+    bars = [(bar.get_x(), bar.get_width(), bar.get_facecolor()[:3] == (1, 1, 1)) for bar in figure.axes[0].patches]
+    assert bars == [(0, 75, False), (0, 50, False), (75, 25, True), (50, 50, True)]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["75.0", "50.0", "25.0", "50.0"]

@@ -1,51 +1,57 @@
 """Wrong answers to the exercises of chapter 07."""
 
+import torch
+
 from minids.course.exercises import chapter07 as given
+from minids.parallel.one_f_one_b import one_f_one_b
 
 
-def programs_from_one(ranks, micro_batches):
-    programs = given.one_f_one_b(ranks, micro_batches)
+def groups_from_one(ranks, micro_batches, group):
+    programs = given.grouped(ranks, micro_batches, group)
     return [[f"{word[0]}{int(word[1:]) + 1}" for word in program] for program in programs]
 
 
-def programs_backward_first(ranks, micro_batches):
+def groups_backward_first(ranks, micro_batches, group):
     programs = []
     for rank in range(ranks):
-        ahead = min(ranks - 1 - rank, micro_batches)
+        ahead = min(ranks - 1 - rank, micro_batches // group) * group
         words = [f"F{m}" for m in range(ahead)]
-        for m in range(micro_batches):
-            words.append(f"B{m}")
-            if m + ahead < micro_batches:
-                words.append(f"F{m + ahead}")
+        for first in range(0, micro_batches, group):
+            words += [f"B{m}" for m in range(first, first + group)]
+            words += [f"F{m}" for m in range(first + ahead, first + ahead + group) if m < micro_batches]
         programs.append(words)
     return programs
 
 
-def programs_without_minimum(ranks, micro_batches):
+def groups_without_minimum(ranks, micro_batches, group):
     programs = []
     for rank in range(ranks):
-        ahead = ranks - 1 - rank
+        ahead = (ranks - 1 - rank) * group
         words = [f"F{m}" for m in range(ahead)]
-        for m in range(micro_batches):
-            words += [f"F{m + ahead}", f"B{m}"] if m + ahead < micro_batches else [f"B{m}"]
+        for first in range(0, micro_batches, group):
+            words += [f"F{m}" for m in range(first + ahead, first + ahead + group) if m < micro_batches]
+            words += [f"B{m}" for m in range(first, first + group)]
         programs.append(words)
     return programs
 
 
-def programs_without_the_end(ranks, micro_batches):
-    return [program[: 2 * micro_batches - 1] for program in given.one_f_one_b(ranks, micro_batches)]
+def groups_as_units(ranks, micro_batches, group):
+    return given.one_f_one_b(ranks, micro_batches // group)
 
 
-def programs_as_text(ranks, micro_batches):
-    return [" ".join(program) for program in given.one_f_one_b(ranks, micro_batches)]
+def groups_interleaved(ranks, micro_batches, group):
+    """Each unit's words are strided: unit u is micro-batches u, u + units, ..."""
+    units = micro_batches // group
+    programs = given.one_f_one_b(ranks, units)
+    return [[f"{w[0]}{int(w[1:]) + i * units}" for w in program for i in range(group)] for program in programs]
 
 
-def programs_as_pairs(ranks, micro_batches):
-    return [[(word[0], int(word[1:])) for word in program] for program in given.one_f_one_b(ranks, micro_batches)]
+def groups_as_text(ranks, micro_batches, group):
+    return [" ".join(program) for program in given.grouped(ranks, micro_batches, group)]
 
 
-def programs_with_two_mistakes(ranks, micro_batches):
-    return [given.run_ahead(ranks, micro_batches)[: 2 * micro_batches - 1] for _ in range(ranks)]
+def groups_with_two_mistakes(ranks, micro_batches, group):
+    return [program[:-1] for program in given.grouped_newest_first(ranks, micro_batches, group)]
 
 
 def fill_with_one_digit(program, late):
@@ -114,6 +120,22 @@ def idle_by_rank(programs, cost):
     return dict(enumerate(given.bubble(programs, cost)))
 
 
+def jitter(seed, low=0.5, per_rank=False, kinds="FB"):
+    generator = torch.Generator().manual_seed(seed)
+
+    def factor():
+        return low + torch.rand((), generator=generator).item()
+
+    schedule = one_f_one_b(8, 20)
+    clock, ended, of_rank = [0.0] * 8, {}, [factor() for _ in range(8)]
+    for rank, action in schedule.in_order():
+        drawn = of_rank[rank] if per_rank else factor()
+        time = {"F": 1, "B": 2}[action.kind] * (drawn if action.kind in kinds else 1)
+        clock[rank] = max([clock[rank], *(ended[each] for each in schedule.needs(action))]) + time
+        ended.update(dict.fromkeys(action.passes, clock[rank]))
+    return 100 * (max(clock) / 81 - 1)
+
+
 def only_checks(plan):
     plan(8, 20, 2.5)[0].check()
 
@@ -146,17 +168,17 @@ def wants_no_bubble(plan):
 
 WRONG = {
     "7.1": [
-        ("from 1", programs_from_one, r"the result\[0\]\[0\]: got 'F1', expected 'F0'"),
-        ("backward first", programs_backward_first, r"\[1\]: got 'B0', expected 'F1'\n +got +\['F0', 'B0'"),
+        ("from 1", groups_from_one, r"the result\[0\]\[0\]: got 'F1', expected 'F0'"),
+        ("backward first", groups_backward_first, r"\[2\]: got 'B0', expected 'F2'\n +got +\['F0', 'F1', 'B0'"),
         (
             "no minimum",
-            programs_without_minimum,
-            r"example 3 of 6, ranks = 5, micro_batches = 3:\n.*should have 6 parts",
+            groups_without_minimum,
+            r"example 3 of 7, ranks = 5, micro_batches = 6, group = 3:\n.*should have 12 parts",
         ),
-        ("no last backward", programs_without_the_end, r"should have 4 parts, not 3: got"),
-        ("text", programs_as_text, r"the result\[0\] should be a list of 4; got 'F0 F1"),
-        ("pairs", programs_as_pairs, r"the result\[0\]\[0\]: got \('F', 0\), expected 'F0'"),
-        ("two mistakes", programs_with_two_mistakes, r"the result\[0\] should have 4 parts, not 3: got"),
+        ("units, not micro-batches", groups_as_units, r"the result\[0\] should have 8 parts, not 4: got"),
+        ("strided groups", groups_interleaved, r"the result\[0\]\[1\]: got 'F2', expected 'F1'"),
+        ("text", groups_as_text, r"the result\[0\] should be a list of 8; got 'F0 F1"),
+        ("two mistakes", groups_with_two_mistakes, r"the result\[0\] should have 8 parts, not 7: got"),
     ],
     "7.2": [
         ("one digit", fill_with_one_digit, r"comes out when only the first digit of a micro-batch's number is read"),
@@ -185,5 +207,14 @@ WRONG = {
         ("two ranks", only_two_ranks, r"✗ it misses a bug; hint: is FB = 3 a good choice for a test\?"),
         ("PP activations", allows_too_few_activations, r"it rejects the correct implementation"),
         ("no bubble", wants_no_bubble, r"it rejects the correct implementation"),
+    ],
+    "7.5": [
+        ("no jitter", lambda seed: 0.0, r"median 0, .*\n.*expected: a median between 13 and 19"),
+        ("factors from 0 to 1", lambda seed: jitter(seed, low=0.0), r"median -33"),
+        ("a share, not per cent", lambda seed: jitter(seed) / 100, r"median 0\.1"),
+        ("one factor per rank", lambda seed: jitter(seed, per_rank=True), r"median 2\d\.\d"),
+        ("only forwards jitter", lambda seed: jitter(seed, kinds="F"), r"median [56]\."),
+        ("the time of the step", lambda seed: 81 * (1 + jitter(seed) / 100), r"median 9\d"),
+        ("a list", lambda seed: [jitter(seed)], r"the function should return a float, got"),
     ],
 }
