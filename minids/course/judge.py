@@ -38,10 +38,13 @@ VISIBLE = {  # modules that the exercises import, and what the student's process
     f"minids.{name}": str(PACKAGE / f"{name.replace('.', '/')}.py")
     for name in (
         "config",
+        "engram_config",
         "hf_config",
         "validation",
         "fp8.formats",
         "parallel.schedule",
+        "parallel.programs",
+        "parallel.one_f_one_b",
         "course.wire",
         "course.observation",
     )

@@ -16,12 +16,12 @@ from notebooks import EXERCISES, SOLUTIONS, chapter_number
 from students import FILE, HOSTILE, HOSTILE_FILES, cells_of, notebook, saved_by_others
 
 from minids.course import checks, judge
-from minids.course.checks import OpenTask, exercises
+from minids.course.checks import OpenTask
 from minids.course.exercises import NAMES
 from minids.course.grade import Grade, grade, printable
 from minids.course.notebooks import ROOT
 
-ASKED = exercises(chapter_number(SOLUTIONS[0]))
+ASKED = checks.graded(chapter_number(SOLUTIONS[0]))
 POINTS = sum(exercise.points for exercise in ASKED)
 FIRST, SECOND = ASKED[:2]
 SOLVED, BLANK = cells_of(SOLUTIONS[0]), cells_of(EXERCISES[0])

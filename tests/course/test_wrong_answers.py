@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minids.course.checks import SpotTheBug, check, exercises, find
+from minids.course.checks import SpotTheBug, check, find, graded
 
 CHAPTERS = sorted((Path(__file__).parent / "wrong_answers").glob("chapter[0-9][0-9].py"))
 WRONG = {
@@ -19,7 +19,7 @@ WRONG = {
     for id, answers in importlib.import_module(f"wrong_answers.{path.stem}").WRONG.items()
 }
 CASES = [(id, *case) for id, answers in WRONG.items() for case in answers]
-ASKED = [exercise for path in CHAPTERS for exercise in exercises(int(path.stem[-2:]))]
+ASKED = [exercise for path in CHAPTERS for exercise in graded(int(path.stem[-2:]))]
 
 
 @pytest.mark.parametrize("id, words, answer, pattern", CASES, ids=[f"{id}: {words}" for id, words, *_ in CASES])

@@ -1,109 +1,72 @@
-"""Exercises of chapter 0, the cost of a model: parameters, GPU-hours, a cache, a day of serving, owning or renting."""
+"""Exercises of chapter 0, the cost of a model: parameters, a published slip, context, MLA against GQA, a bill."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-from minids.course.checks import Bug, Function, SpotTheBug
+from minids.course.checks import Bug, Experiment, Function, OpenTask, SpotTheBug
 from minids.course.exercises.mistakes import variants
 
 # Beyond its arguments, the keywords of a reference change one step of it, for the known mistakes.
 
-
-def with_examples(*examples: tuple) -> Callable[[Any], list[tuple]]:
-    """Examples that need no random numbers."""
-    return lambda generator: list(examples)
+# 0.1 Eight experts of seven billion -----------------------------------------------------------------------------------
 
 
-# 0.1 A layer of experts ---------------------------------------------------------------------------------------------
-
-
-def moe_layer(
-    hidden: int, inner: int, routed: int, shared: int, chosen: int, *,
-    matrices: int = 3, rows: Callable[[int, int], tuple[int, int]] = lambda routed, chosen: (routed, routed),
-    shared_used: Callable[[int], int] = lambda shared: shared, shared_stored: bool = True,
-) -> tuple[int, int]:  # fmt: skip
-    """Parameters stored, and used by one token (V3 section 2.1.2); `rows` of the router, stored and used."""
+def count_parameters(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, width: int, experts: int, chosen: int, vocab: int,
+    *, shared_kv: bool = True, attentions: str = "one", router: str = "all", tables: int = 2, norms: str = "counted",
+    matrices: int = 3, lookup: str = "not multiplied",
+) -> tuple[int, int, int]:  # fmt: skip
+    """Parameters stored, active and multiplied of a model of Mixtral's kind."""
+    keys = kv_heads if shared_kv else heads
+    attention = 2 * hidden * (heads + keys) * width
     expert = matrices * hidden * inner
-    stored_rows, used_rows = rows(routed, chosen)
-    stored = (routed + shared * shared_stored) * expert + stored_rows * hidden
-    return stored, (chosen + shared_used(shared)) * expert + used_rows * hidden
+    all_norms = (2 * layers + 1) * hidden if norms != "left out" else 0
+    table = vocab * hidden
+
+    def total(used: int) -> int:
+        times = used if attentions == "one an expert" else 1
+        rows = {"all": experts, "chosen": used, "left out": 0}[router]
+        return layers * (times * attention + used * expert + rows * hidden) + all_norms + tables * table
+
+    active = total(chosen)
+    not_multiplied = (lookup == "not multiplied") * table + (norms != "multiplied") * all_norms
+    return total(experts), active, active - not_multiplied
 
 
-MOE_LAYER = Function(
+MIXTRAL = (4096, 14336, 32, 32, 8, 128, 8, 2, 32000)
+PARAMETERS = Function(
     id="0.1",
-    name="moe_layer",
-    reference=moe_layer,
-    examples=with_examples((7168, 2048, 256, 1, 8), (2048, 1408, 64, 2, 6), (16, 8, 4, 0, 1), (10, 3, 5, 2, 2)),
+    name="count_parameters",
+    reference=count_parameters,
+    examples=lambda generator: [
+        MIXTRAL, (2048, 1408, 12, 16, 2, 96, 64, 6, 50_000),
+        (16, 8, 2, 4, 1, 6, 3, 1, 40), (24, 10, 3, 6, 3, 8, 5, 2, 70),
+    ],
     mistakes=variants(
-        moe_layer,
+        count_parameters,
         {
-            "the router's own matrix is left out": {"rows": lambda routed, chosen: (0, 0)},
-            "a token uses only the router's rows of the experts that it chooses": {
-                "rows": lambda routed, chosen: (routed, chosen)
-            },
+            "keys and values have as many heads as queries": {"shared_kv": False},
+            "each expert has an attention of its own": {"attentions": "one an expert"},
+            "a token uses only the router's rows of the experts that it chooses": {"router": "chosen"},
+            "the router's own matrix is left out": {"router": "left out"},
+            "one matrix serves as embedding and as head": {"tables": 1},
+            "the norms are left out": {"norms": "left out"},
+            "the norms are counted as multiplied": {"norms": "multiplied"},
             "an expert has two matrices": {"matrices": 2},
-            "a token does not use the shared experts": {"shared_used": lambda shared: 0},
-            "a token uses one shared expert, however many there are": {"shared_used": lambda shared: 1},
-            "the shared experts are not stored": {"shared_stored": False},
+            "the embedding is counted as multiplied, although it is looked up": {"lookup": "multiplied"},
         },
     )
-    | {"the two results are in the other order": lambda h, i, r, s, c: moe_layer(h, i, r, s, c)[::-1]},
+    | {"the results are in the other order": lambda *sizes: count_parameters(*sizes)[::-1]},
     hints=(
-        "count one expert first, then the experts stored and those that one token uses; what else has weights?",
-        "the router has a row of `hidden` weights for each routed expert, and needs all the scores to find the best",
+        "count one attention and one expert first; which parts exist once, however many experts there are?",
+        "per layer: 2 * hidden * (heads + kv_heads) * width for attention, 3 * hidden * inner for an expert, "
+        "hidden * experts for the router, 2 * hidden for norms; outside: two tables of vocab * hidden, one more norm",
     ),
-    section="chapter 00, section 2: the model in numbers",
-    outputs=("the parameters stored", "the parameters used"),
-)
-
-# 0.2 The hours of a training run ------------------------------------------------------------------------------------
-
-
-def training_hours(
-    weights: float, layers: int, heads: int, width: int, seq_len: int, tokens: float, mfu: float, peak: float, *,
-    passes: int = 3, seen: float = 0.5, per_multiply_add: int = 2, attention: bool = True, seconds: int = 3600,
-    use_mfu: bool = True,
-) -> float:  # fmt: skip
-    """GPU-hours, where `width` is that of a key and a value together (ISCA Table 2 counts so)."""
-    multiply_adds = weights + attention * layers * heads * width * seq_len * seen
-    return tokens * passes * per_multiply_add * multiply_adds / ((mfu if use_mfu else 1) * peak) / seconds
-
-
-TRAINING_HOURS = Function(
-    id="0.2",
-    name="training_hours",
-    reference=training_hours,
-    examples=with_examples(
-        (36.62e9, 61, 128, 320, 4096, 14.8e12, 0.39, 989.5e12),
-        (403.8e9, 126, 128, 256, 4096, 15e12, 0.34, 989.5e12),
-        (1e6, 3, 4, 40, 512, 1e9, 0.8, 1e12),
-    ),
-    mistakes=variants(
-        training_hours,
-        {
-            "only the forward pass is counted": {"passes": 1},
-            "the backward pass costs as much as the forward pass, not twice as much": {
-                "passes": 2,
-                "per_multiply_add": 2,
-            },
-            "every token attends to the whole sequence, also to what comes after it": {"seen": 1},
-            "attention is left out": {"attention": False, "seen": 0.5},
-            "a multiply-add is counted as one operation": {"per_multiply_add": 1},
-            "the result is in seconds": {"seconds": 1},
-            "the GPUs run at their peak, without `mfu`": {"use_mfu": False},
-        },
-    ),
-    hints=(
-        "three steps: the FLOPs of a forward pass for one token, those of the whole training, and the hours they take",
-        "forward, a token costs 2 * weights, and 2 * layers * heads * width for each of the seq_len / 2 tokens that it "
-        "attends to; all passes together cost three times that",
-    ),
-    section="chapter 00, section 4: from the shape to the work, from the work to the hours",
+    section="chapter 00, section 2: parameters stored, active and multiplied",
     points=2,
-)
+    outputs=("the parameters stored", "the parameters active", "the parameters multiplied"),
+)  # fmt: skip
 
-# 0.3 The cache ------------------------------------------------------------------------------------------------------
+# 0.2 The slip behind "7.8 GB at 128K" ---------------------------------------------------------------------------------
 
 
 def cache_bytes(layers: int, widths: tuple[int, ...], tokens: int, bits: float) -> float:
@@ -112,7 +75,7 @@ def cache_bytes(layers: int, widths: tuple[int, ...], tokens: int, bits: float) 
 
 
 CACHE = SpotTheBug(
-    id="0.3",
+    id="0.2",
     name="test_cache",
     right=cache_bytes,
     bugs=(
@@ -127,7 +90,7 @@ CACHE = SpotTheBug(
             "how many vectors are cached for a token?",
         ),
         Bug(
-            "it counts keys and values separately, though the latent serves as both",
+            "it counts keys and values separately, although the latent serves as both",
             lambda layers, widths, tokens, bits: 2 * cache_bytes(layers, widths, tokens, bits),
             "compare with a published number of bytes",
         ),
@@ -141,97 +104,111 @@ CACHE = SpotTheBug(
         "an exact number that you know tests more than an inequality; which argument does each of your calls test?",
         "V3 in 16 bits: cache_bytes(61, (512, 64), 1, 16) == 70272. Add a second call with 6 bits",
     ),
-    section="chapter 00, section 5: the cache",
+    section="chapter 00, section 5: the KV cache",
 )
 
-# 0.4 A day of serving -----------------------------------------------------------------------------------------------
+# 0.3 From which context on attention is most of the work --------------------------------------------------------------
 
+CROSSING = 640.0  # 2 * 40,960 parameters of a layer / (2 * 2 * 64 FLOPs a key, of which a causal model needs half)
 
-def profit_share(revenue: float, cost: float) -> float:
-    return revenue / cost - 1
-
-
-def day_of_serving(
-    hits: float, misses: float, outputs: float, prices: tuple[float, float, float], nodes: float, usd: float, *,
-    gpus: int = 8, hours: int = 24, hit_price: int = 0, per: float = 1e6,
-    margin: Callable[[float, float], float] = profit_share,
-) -> tuple[float, float, float]:  # fmt: skip
-    """Cost, revenue and margin; `prices` in USD per million tokens (open-infra note on day 6, 2025)."""
-    cost = nodes * gpus * hours * usd
-    revenue = (hits * prices[hit_price] + misses * prices[1] + outputs * prices[2]) / per
-    return cost, revenue, margin(revenue, cost)
-
-
-DAY_OF_SERVING = Function(
-    id="0.4",
-    name="day_of_serving",
-    reference=day_of_serving,
-    examples=with_examples(
-        (342e9, 266e9, 168e9, (0.14, 0.55, 2.19), 226.75, 2.0),
-        (0.0, 5e9, 1e9, (0.1, 0.5, 1.5), 10.0, 3.0),
-        (8e9, 2e9, 1e9, (0.25, 1.0, 4.0), 100.0, 1.5),
-    ),
-    mistakes=variants(
-        day_of_serving,
-        {
-            "a node has one GPU": {"gpus": 1},
-            "a day has one hour": {"hours": 1},
-            "tokens found in the cache are charged at the price of computed input": {"hit_price": 1},
-            "the prices are taken as per token, not per million tokens": {"per": 1, "margin": profit_share},
-            "the margin is revenue over cost, which is 1 where nothing is earned": {"margin": lambda r, c: r / c},
-            "the profit is divided by the revenue, not by the cost": {"margin": lambda r, c: 1 - c / r},
-            "the margin is the profit in USD": {"margin": lambda r, c: r - c},
-            "the margin is in per cent": {"margin": lambda r, c: 100 * (r / c - 1)},
-        },
-    ),
+CONTEXT = Experiment(
+    id="0.3",
+    name="crossing",
+    what="context at which attention costs as much as the parameters, tokens",
+    low=0.99 * CROSSING,
+    high=1.01 * CROSSING,
     hints=(
-        "compute the three results in their order; check the unit of each: USD, USD, and a share",
-        "8 GPUs a node, 24 hours; prices are per million tokens; the margin is (revenue - cost) / cost",
+        "the FLOPs of T tokens are a T + b T²: two measurements determine a and b",
+        "with f(T) the FLOPs per token, b = (f(2T) - f(T)) / T; PyTorch counts every key, a causal model needs half of "
+        "them, so the two parts are equal where a = b T / 2",
     ),
-    section="chapter 00, section 5: one day of production",
-    outputs=("the cost", "the revenue", "the margin"),
+    section="chapter 00, section 3: from the config to the FLOPs",
 )
 
-# 0.5 Owning or renting ----------------------------------------------------------------------------------------------
+# 0.4 MLA against GQA --------------------------------------------------------------------------------------------------
 
 
-def break_even(
-    usd_per_gpu: float, years: float, kilowatts: float, usd_per_kwh: float, rent: float, *,
-    days: int = 365, hours: int = 24, spread: bool = True, power: float = 1.0, power_when_used: bool = False,
-) -> float:  # fmt: skip
-    """The share of all hours from which on an owned GPU is cheaper than a rented one; above 1: never."""
-    energy = kilowatts * usd_per_kwh * power
-    capital = usd_per_gpu / ((years if spread else 1) * days * hours)
-    return capital / (rent - energy) if power_when_used else (capital + energy) / rent
+def decode_time(
+    heads: int, kv_heads: int, width: int, rank: int, rotary: int, tokens: int, peak: float, bandwidth: float, *,
+    combine: str = "max", per_value: int = 2, both: bool = True, reads: str = "once", twice: bool = False,
+    operations: int = 2, keys: bool = True,
+) -> tuple[float, float]:  # fmt: skip
+    """Microseconds of one layer's attention in a decode step over `tokens` cached ones: GQA, absorbed MLA."""
+    copies = heads if reads == "once a head" else 1
+    gqa_values = (1 + both) * kv_heads * width * (copies / kv_heads if reads == "once a head" else 1)
+    mla_values = ((rank + rotary) + (rank if twice else 0)) * copies
+    gqa_flops = operations * heads * (width + both * width)
+    mla_flops = operations * heads * ((rank + keys * rotary) + rank)
+
+    def time(flops: float, values: float) -> float:
+        arithmetic, memory = 1e6 * tokens * flops / peak, 1e6 * tokens * per_value * values / bandwidth
+        return {"max": max(arithmetic, memory), "sum": arithmetic + memory, "min": min(arithmetic, memory)}[combine]
+
+    return time(gqa_flops, gqa_values), time(mla_flops, mla_values)
 
 
 BREAK_EVEN = Function(
-    id="0.5",
-    name="break_even",
-    reference=break_even,
-    examples=with_examples(
-        (32_580.0, 4.0, 1.4, 0.1, 2.0), (40_000.0, 3.0, 2.0, 0.25, 1.5), (20_000.0, 5.0, 1.0, 0.05, 3.0)
-    ),
+    id="0.4",
+    name="decode_time",
+    reference=decode_time,
+    examples=lambda generator: [
+        (128, 8, 128, 512, 64, 131_072, 989.5e12, 3.35e12),  # V3's MLA on an H800: both are memory-bound
+        (
+            128,
+            8,
+            128,
+            512,
+            64,
+            131_072,
+            150e12,
+            4e12,
+        ),  # a chip with little arithmetic: MLA is compute-bound, GQA is not
+        (16, 2, 64, 96, 32, 100_000, 0.5e12, 1e12),
+        (64, 32, 32, 40, 24, 50_000, 6e12, 0.9e12),
+    ],
     mistakes=variants(
-        break_even,
+        decode_time,
         {
-            "all the capital is written off in the first year": {"spread": False},
-            "power is left out": {"power": 0.0, "power_when_used": False},
-            "power is paid for hours of use only, not for all hours": {"power": 1.0, "power_when_used": True},
-            "a year has the 250 working days only": {"days": 250},
-            "a year is counted in days, not in hours": {"hours": 1},
+            "the two times are added, although a GPU reads and computes at once": {"combine": "sum"},
+            "the shorter of the two times is taken": {"combine": "min"},
+            "a value has one byte": {"per_value": 1},
+            "a multiply-add is counted as one operation": {"operations": 1},
+            "the cache is read once for each query head": {"reads": "once a head"},
+            "the latent is read twice, as key and as value": {"twice": True},
+            "the rotary key is not multiplied": {"keys": False},
         },
     )
     | {
-        "a result above 1 is cut to 1": lambda *arguments: min(break_even(*arguments), 1.0),
-        "the rent is divided by the cost of an owned hour": lambda *arguments: 1 / break_even(*arguments),
-        "the result is in per cent": lambda *arguments: 100 * break_even(*arguments),
+        "keys are counted and values are not, in GQA": lambda *sizes: decode_time(*sizes, both=False),
+        "the results are in the other order": lambda *sizes: decode_time(*sizes)[::-1],
     },
     hints=(
-        "what does an owned GPU cost in an hour, used or not? And per hour of use, if it is used half of the time?",
-        "at share u an owned hour of use costs (capital per hour + power per hour) / u; set that equal to the rent",
+        "for each kind: how many FLOPs does a cached token cost, how many bytes are read for it? The longer counts",
+        "GQA: 4 * heads * width FLOPs, 4 * kv_heads * width bytes. MLA: 2 * heads * (2 * rank + rotary) FLOPs, "
+        "2 * (rank + rotary) bytes, read once for all heads",
     ),
-    section="chapter 00, section 3: how 5.6 million and 1.6 billion can both be true",
+    section="chapter 00, section 5: the KV cache",
+    points=2,
+    outputs=("the microseconds of GQA", "the microseconds of MLA"),
 )
 
-EXERCISES = [MOE_LAYER, TRAINING_HOURS, CACHE, DAY_OF_SERVING, BREAK_EVEN]
+# 0.5 A bill of your own -----------------------------------------------------------------------------------------------
+
+OWN_BILL = OpenTask(
+    id="0.5",
+    name="own_bill",
+    rubric=(
+        "the prediction was written down first, and the page says how far off it was and why",
+        "stored, active and multiplied parameters are told apart, and compared with what the model card says",
+        "each number is marked: computed from the config, reported (by whom, where), or assumed",
+        "at least one number is varied over the range in which it may lie, and the bill is given as a range",
+        "where a published number of hours exists, the utilisation that follows from it is judged against 25 to 43 %",
+    ),
+    hints=(
+        "cost.read_config(\"path/to/config.json\") reads configs of DeepSeek's, Llama's and Qwen2's kind",
+        "cost.training_flops_per_token, cost.gpu_hours_by_mfu and cost.rent_usd, in this order, make the bill",
+    ),
+    section="chapter 00, section 3: from parameters to GPU-hours",
+)
+
+EXERCISES = [PARAMETERS, CACHE, CONTEXT, BREAK_EVEN, OWN_BILL]

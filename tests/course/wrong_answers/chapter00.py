@@ -5,33 +5,26 @@ import math
 RECOGNISED = "this is what comes out when {}"
 
 
-def moe_layer_as_floats(hidden, inner, routed, shared, chosen):
-    expert, router = 3.0 * hidden * inner, routed * hidden
-    return (routed + shared) * expert + router, (chosen + shared) * expert + router
+def counts(h, i, la, n, kv, w, e, c, v):
+    """The correct counts, by another way."""
+    layer = h * (2 * n * w + 2 * kv * w) + e * h + 2 * h
+    stored, used = (la * (layer + k * 3 * h * i) + h + 2 * v * h for k in (e, c))
+    return stored, used, used - v * h - (2 * la + 1) * h
 
 
-def moe_layer_one_more(hidden, inner, routed, shared, chosen):
-    expert, router = 3 * hidden * inner, routed * hidden
-    return (routed + shared) * expert + router, (chosen + shared + 1) * expert + router
+def counts_of_floats(*sizes):
+    return tuple(float(count) for count in counts(*sizes))
 
 
-def moe_layer_with_three_mistakes(hidden, inner, routed, shared, chosen):
-    return (routed + 1) * 2 * hidden * inner, (chosen + 1) * 2 * hidden * inner
+def eight_times_seven(h, i, la, n, kv, w, e, c, v):
+    dense = la * (2 * h * (n + kv) * w + 3 * h * i) + 2 * v * h
+    return e * dense, c * dense, c * dense
 
 
-def hours(weights, layers, heads, width, seq_len, tokens, mfu, peak):
-    forward = 2 * weights + 2 * layers * heads * width * seq_len / 2
-    return tokens * 3 * forward / (mfu * peak) / 3600
-
-
-def hours_of_one_head(weights, layers, heads, width, seq_len, tokens, mfu, peak):
-    return hours(weights, layers, 1, width, seq_len, tokens, mfu, peak)
-
-
-def serving(hits, misses, outputs, prices, nodes, usd):
-    cost = nodes * 8 * 24 * usd
-    revenue = (hits * prices[0] + misses * prices[1] + outputs * prices[2]) / 1e6
-    return cost, revenue, revenue / cost - 1
+def one_table_and_no_router(h, i, la, n, kv, w, e, c, v):
+    stored, used, multiplied = counts(h, i, la, n, kv, w, e, c, v)
+    less = v * h + la * e * h
+    return stored - less, used - less, multiplied - less
 
 
 def only_v3(cache_bytes):
@@ -54,35 +47,35 @@ def an_inequality(cache_bytes):
     assert cache_bytes(60, (512, 64), 1, 6) < cache_bytes(61, (512, 64), 1, 16)
 
 
+def time(flops, size, tokens, peak, bandwidth):
+    return 1e6 * tokens * max(flops / peak, size / bandwidth)
+
+
+def decode(n, kv, w, r, ro, t, p, b, *, gqa=1.0, mla=1.0):
+    """The correct times, with the bytes of either kind multiplied by a factor."""
+    return (
+        time(4 * n * w, 4 * kv * w * gqa, t, p, b),
+        time(2 * n * (2 * r + ro), 2 * (r + ro) * mla, t, p, b),
+    )
+
+
+def expanded(n, kv, w, r, ro, t, p, b):
+    return decode(n, kv, w, r, ro, t, p, b)[0], time(2 * n * (2 * w + ro), 2 * (r + ro), t, p, b)
+
+
 WRONG = {
     "0.1": [
-        ("floats", moe_layer_as_floats, "the parameters stored: the value is correct, but return an int, not a float"),
-        ("one expert too many", moe_layer_one_more, r"the parameters used: got \d+, expected \d+"),
-        ("three mistakes at once", moe_layer_with_three_mistakes, r"the parameters stored: got \d+, expected \d+"),
-        ("the sum of the two", lambda *a: sum(moe_layer_one_more(*a)), "should be a tuple of 2: the parameters stored"),
+        ("floats", counts_of_floats, "the parameters stored: the value is correct, but return an int, not a float"),
+        ("eight models of seven billion", eight_times_seven, r"the parameters stored: got \d+, expected \d+"),
+        ("two counts", lambda *sizes: counts(*sizes)[:2], "should have 3 parts, not 2"),
+        ("in billions", lambda *sizes: tuple(n / 1e9 for n in counts(*sizes)), "the parameters stored: got 46.7"),
         (
-            "two mistakes: no router, no shared expert used",
-            lambda h, i, r, s, c: ((r + s) * 3 * h * i, c * 3 * h * i),
-            RECOGNISED.format("the router's own matrix is left out and a token does not use the shared experts"),
+            "two mistakes: no router, one table",
+            one_table_and_no_router,
+            RECOGNISED.format("the router's own matrix is left out and one matrix serves as embedding and as head"),
         ),
     ],
     "0.2": [
-        ("a whole number of hours", lambda *a: round(hours(*a)), "example 3 of 3.*\n.*the result: got "),
-        ("one head", hours_of_one_head, "example 1 of 3, weights = 3.662e"),
-        ("a list", lambda *a: [hours(*a)], "the result should be a number, got"),
-        ("days", lambda *a: hours(*a) / 24, "the result: got .*, expected "),
-        (
-            "two mistakes: forward only, no attention",
-            lambda w, la, h, wi, s, t, m, p: t * 2 * w / (m * p) / 3600,
-            RECOGNISED.format("only the forward pass is counted and attention is left out"),
-        ),
-        (
-            "two mistakes: seconds, the whole sequence",
-            lambda w, la, h, wi, s, t, m, p: t * 6 * (w + la * h * wi * s) / (m * p),
-            "also to what comes after it and the result is in seconds",
-        ),
-    ],
-    "0.3": [
         ("only V3 in 16 bits", only_v3, "it misses a bug; hint: V2 is served with 6 bits"),
         ("one layer", one_layer, "it misses a bug; hint: how many layers"),
         ("too strict: an int", wants_an_int, "it rejects the correct implementation"),
@@ -90,42 +83,25 @@ WRONG = {
         ("too weak: an inequality", an_inequality, "it misses a bug; hint: compare with a published number"),
         ("no assert", lambda cache_bytes: cache_bytes(1, (2,), 3, 8) == 6, "a test needs an assert that can fail"),
     ],
-    "0.4": [
-        ("without the margin", lambda *a: serving(*a)[:2], "should have 3 parts, not 2"),
-        ("the margin only", lambda *a: serving(*a)[2], "should be a tuple of 3: the cost, the revenue, the margin"),
-        ("revenue first", lambda *a: (serving(*a)[1], serving(*a)[0], serving(*a)[2]), "the cost: got .*, expected"),
-        (
-            "two mistakes: one GPU a node, share of the revenue",
-            lambda h, m, o, p, n, u: (
-                n * 24 * u,
-                (h * p[0] + m * p[1] + o * p[2]) / 1e6,
-                1 - n * 24 * u * 1e6 / (h * p[0] + m * p[1] + o * p[2]),
-            ),
-            RECOGNISED.format("a node has one GPU and the profit is divided by the revenue"),
-        ),
-        (
-            "output tokens are not sold",
-            lambda h, m, o, p, n, u: serving(h, m, 0, p, n, u),
-            "the revenue: got .*, expected",
-        ),
+    "0.3": [
+        ("the causal half forgotten", lambda seed: 320.0, "tokens: median 320, from 320"),
+        ("V3's context", lambda seed: 29_317.0, "expected: a median between 6"),
+        ("a text", lambda seed: "640", "the function should return a float"),
+        ("a tuple", lambda seed: (81_920.0, 256.0), "the function should return a float"),
+        ("a division by zero", lambda seed: 1 / 0, "your code raised ZeroDivisionError"),
     ],
-    "0.5": [
+    "0.4": [
+        ("seconds", lambda *a: tuple(1e-6 * t for t in decode(*a)), "the microseconds of GQA: got 0.00016026, exp"),
+        ("MLA expanded", expanded, "the microseconds of MLA: got .*, expected"),
+        ("MLA only", lambda *a: decode(*a)[1], "should be a tuple of 2: the microseconds of GQA, the microseconds of"),
+        ("keys of every query head", lambda *a: decode(*a, gqa=a[0] / a[1]), "the microseconds of GQA: got 2564"),
         (
-            "a rounded share",
-            lambda g, y, k, c, r: round((g / (y * 8760) + k * c) / r, 2),
-            "the result: got 0.53, expected",
-        ),
-        ("a tuple", lambda g, y, k, c, r: (g / (y * 8760), k * c), "the result should be a number, got"),
-        ("leap years", lambda g, y, k, c, r: (g / (y * 365.25 * 24) + k * c) / r, "the result: got .*, expected"),
-        (
-            "two mistakes: no power, first year",
-            lambda g, y, k, c, r: g / 8760 / r,
-            RECOGNISED.format("all the capital is written off in the first year and power is left out"),
-        ),
-        (
-            "two mistakes: power for hours of use only, days",
-            lambda g, y, k, c, r: g / (y * 365) / (r - k * c),
-            "not for all hours and a year is counted in days",
+            "two mistakes: one byte, the longer and the shorter added",
+            lambda n, kv, w, r, ro, t, p, b: (
+                1e6 * t * (4 * n * w / p + 2 * kv * w / b),
+                1e6 * t * (2 * n * (2 * r + ro) / p + (r + ro) / b),
+            ),
+            RECOGNISED.format("the two times are added, although a GPU reads and computes at once and a value has one"),
         ),
     ],
 }
