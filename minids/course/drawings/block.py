@@ -1,6 +1,7 @@
 """A pre-norm transformer layer: two sublayers that read the residual stream and add to it."""
 
 from minids.config import ModelConfig
+from minids.cost import kv_values_per_layer
 from minids.course.diagrams import INK, Diagram, shape
 
 
@@ -19,8 +20,11 @@ def pre_norm_block(config: ModelConfig | None = None) -> Diagram:
         feed_forward = "feed-forward or MoE", f"MoE in {c.num_moe_layers} layers"
     else:
         feed_forward = "mixture of experts", mixture
+    heads = f"{c.num_attention_heads} heads"
+    if c.attention == "gqa":
+        heads += f", {c.num_key_value_heads} key heads"
     for left, name, label, small, note in (
-        (3.6, "attention", "attention", f"{c.num_attention_heads} heads", "mixes tokens"),
+        (3.6, "attention", "attention", heads, "mixes tokens"),
         (9.2, "feed-forward", *feed_forward, "per token"),
     ):
         d.box(f"{name} norm", left + 1.0, 3.1, "RMSNorm", shape(c.hidden_size), "operation", 1.8)
@@ -31,8 +35,11 @@ def pre_norm_block(config: ModelConfig | None = None) -> Diagram:
         arrowhead = dict(arrowstyle="-|>", shrinkA=0, shrinkB=0, color=INK)
         d.axes.annotate("", (left + 1.0, 2.7), (left + 1.0, 1.1), arrowprops=arrowhead, zorder=2)
         d.note(left + 3.85, 2.2, note)
-    d.box("cache", 7.3, 4.8, "KV cache", "earlier tokens", "cache", 2.4)
-    d.arrow("cache", "attention")
+    d.box("cache", 7.3, 4.9, "KV cache", f"{shape(kv_values_per_layer(c))} values a token", "cache", 4.0)
+    d.path([(6.6, 3.5), (6.6, 4.5)])
+    d.path([(8.0, 4.5), (8.0, 3.5)], strong=True)
+    d.note(6.45, 4.0, "write: 1 token", align="right")
+    d.note(8.2, 4.0, "read: all tokens so far", strong=True)
     d.arrow("in", "attention +")
     d.arrow("attention +", "feed-forward +")
     d.arrow("feed-forward +", "out")

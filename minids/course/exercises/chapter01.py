@@ -1,4 +1,4 @@
-"""Exercises of chapter 1, the dense transformer: norm, rotation, grouped queries, the cache and its size.
+"""Exercises of chapter 1, the dense transformer: the size of a cache, rotation, grouped queries, decoding, scores.
 
 Beyond its arguments, the keywords of a reference change one step of it, for the known mistakes.
 """
@@ -13,79 +13,99 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minids.config import ModelConfig
-from minids.course.checks import Bug, Function, SpotTheBug
+from minids.course.checks import Bug, Experiment, Function, OpenTask, SpotTheBug
 from minids.course.exercises.mistakes import variants
 from minids.course.observation import Observation
 
 # 1.1 ---------------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(
-    x: Float[Tensor, "... dim"], weight: Float[Tensor, "dim"], eps: float, *,
-    centred: bool = False, eps_inside: bool = True,
-    mean: Callable[[Tensor], Tensor] = lambda y: y.mean(-1, keepdim=True),
-    gain: Callable[[Tensor], Tensor] = lambda weight: weight,
-) -> Float[Tensor, "... dim"]:  # fmt: skip
-    x = x - x.mean(-1, keepdim=True) if centred else x
-    mean_square = mean(x.square())
-    root = torch.sqrt(mean_square + eps) if eps_inside else mean_square.sqrt() + eps
-    return x / root * gain(weight)
+def cache_bytes(
+    config: ModelConfig, tokens: int, window: int, every: int, bits: int, *,
+    kinds: str = "both", shorter: bool = True, full: Callable[[int, int], int] = lambda layers, every: layers // every,
+    vectors: int = 2, key_heads: bool = True, per_byte: int = 8,
+) -> int:  # fmt: skip
+    layers = config.num_hidden_layers
+    full_layers = {"both": full(layers, every), "full": layers, "local": 0}[kinds]
+    held = min(window, tokens) if shorter else window
+    entries = full_layers * tokens + (layers - full_layers) * held
+    heads = config.num_key_value_heads if key_heads else config.num_attention_heads
+    return entries * vectors * heads * config.v_head_dim * bits // per_byte
 
 
-def _norm_examples(generator: torch.Generator) -> list[tuple]:
-    def example(shape: tuple[int, ...], eps: float, size: float = 1.0) -> tuple:
-        return size * torch.randn(shape, generator=generator), torch.randn(shape[-1], generator=generator), eps
+def _cache_examples(generator: torch.Generator) -> list[tuple]:
+    wide = ModelConfig(attention="gqa", num_hidden_layers=126, num_key_value_heads=8, v_head_dim=128)
+    nano = ModelConfig.preset("nano", attention="gqa", num_key_value_heads=1)
+    return [
+        (wide, 131_072, 1024, 6, 16),
+        (wide.replace(num_hidden_layers=62), 4000, 512, 6, 16),
+        (nano, 100, 128, 2, 32),
+        (wide.replace(num_hidden_layers=20), 1000, 4096, 3, 4),
+    ]
 
-    return [example((2,), 1e-6), example((2, 3, 5), 0.01, 0.1), example((4, 1), 0.1)]
 
-
-RMS_NORM = Function(
+_NOT_BOTH = {"shorter": True, "full": lambda layers, every: layers // every}  # two mistakes that exclude each other
+CACHE_BYTES = Function(
     id="1.1",
-    name="rms_norm",
-    reference=rms_norm,
-    examples=_norm_examples,
+    name="cache_bytes",
+    reference=cache_bytes,
+    examples=_cache_examples,
     mistakes=variants(
-        rms_norm,
+        cache_bytes,
         {
-            "the mean is subtracted first, as in LayerNorm": {"centred": True},
-            "eps is added to the root instead of under it": {"eps_inside": False},
-            "the squares are summed, not averaged": {"mean": lambda y: y.sum(-1, keepdim=True)},
-            "all vectors are divided by one common root mean square": {"mean": lambda y: y.mean()},
-            "`weight` is not used": {"gain": torch.ones_like},
-            "the result is multiplied by 1 + `weight`": {"gain": lambda weight: 1 + weight},
+            "all layers keep all tokens": {"kinds": "full", **_NOT_BOTH},
+            "all layers keep only the window": {"kinds": "local", **_NOT_BOTH},
+            "a layer with a window holds a full window even when there are fewer tokens": {"shorter": False},
+            "the number of full layers is rounded up": {"full": lambda layers, every: -(-layers // every)},
+            "only keys are counted, or only values": {"vectors": 1},
+            "the query heads are counted instead of the key heads": {"key_heads": False},
+            "bits are taken for bytes": {"per_byte": 1},
         },
-    )
-    | {"eps is left out": lambda x, weight, eps: rms_norm(x, weight, 0.0)},
-    hints=(
-        "three steps: the mean of each vector's squares, the root, and the scaling; over which dimension is the mean?",
-        "a vector is a slice along the last dimension: mean(-1, keepdim=True) of its squares, plus eps, then the root",
     ),
-    section="chapter 01, section 2: RMSNorm",
+    hints=(
+        "count the entries of the two kinds of layers first, then multiply by the bytes of one entry",
+        "layers // every layers hold `tokens` entries, the others min(window, tokens); an entry is a key and a value "
+        "for each key head, of v_head_dim elements; 8 bits are a byte",
+    ),
+    section="chapter 01, section 7: capacity",
 )
 
 # 1.2 and 1.3 -------------------------------------------------------------------------------------------------------
 
 
 def rotate(
-    x: Float[Tensor, "seq heads dim"], positions: Int[Tensor, "seq"], theta: float, *,
+    x: Float[Tensor, "seq heads dim"], positions: Int[Tensor, "seq"], theta: float, rotary_dim: int, *,
     exponent: float = 2, halves: bool = False, interleaved: bool = True, direction: int = 1,
-    place: Callable[[Tensor], Tensor] = lambda positions: positions,
+    place: Callable[[Tensor], Tensor] = lambda positions: positions, last: bool = False,
+    part: Callable[[int, int], int] = lambda rotary_dim, dim: rotary_dim,
+    width: Callable[[int, int], int] | None = None,
 ) -> Float[Tensor, "seq heads dim"]:  # fmt: skip
+    dim = x.shape[-1]
+    rotated = part(rotary_dim, dim)
+    parts = x.split((dim - rotated, rotated) if last else (rotated, dim - rotated), -1)
+    turning, kept = parts[::-1] if last else parts
     if halves:
-        x = rearrange(x, "t h (pair i) -> t h (i pair)", pair=2)
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    angle = (
-        direction * place(positions)[:, None, None] * theta ** (-exponent * torch.arange(pairs.shape[-1]) / x.shape[-1])
-    )
+        turning = rearrange(turning, "t h (pair i) -> t h (i pair)", pair=2)
+    pairs = torch.view_as_complex(turning.unflatten(-1, (-1, 2)).contiguous())
+    denominator = width(rotary_dim, dim) if width else rotated
+    frequency = theta ** (-exponent * torch.arange(pairs.shape[-1]) / denominator)
+    angle = direction * place(positions)[:, None, None] * frequency
     turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
-    return turned if interleaved and not halves else rearrange(turned, "t h (i pair) -> t h (pair i)", pair=2)
+    if halves or not interleaved:
+        turned = rearrange(turned, "t h (i pair) -> t h (pair i)", pair=2)
+    return torch.cat((kept, turned) if last else (turned, kept), -1)
 
 
 def _rotate_examples(generator: torch.Generator) -> list[tuple]:
-    def example(positions: list[int], heads: int, dim: int, theta: float = 10000.0) -> tuple:
-        return torch.randn(len(positions), heads, dim, generator=generator), torch.tensor(positions), theta
+    def example(positions: list[int], heads: int, dim: int, rotary_dim: int, theta: float = 10000.0) -> tuple:
+        return torch.randn(len(positions), heads, dim, generator=generator), torch.tensor(positions), theta, rotary_dim
 
-    return [example([0, 1], 1, 2), example([0, 1, 2, 3, 4], 2, 8), example([7], 3, 6, 100.0), example([5, 2, 90], 1, 4)]
+    return [
+        example([0, 1, 2], 1, 4, 2),
+        example([0, 1, 2, 3, 4], 2, 12, 8),
+        example([7], 3, 8, 6, 100.0),
+        example([5, 2, 90], 1, 6, 4),
+    ]
 
 
 ROTATE = Function(
@@ -96,33 +116,36 @@ ROTATE = Function(
     mistakes=variants(
         rotate,
         {
-            "channel i is paired with i + dim/2 instead of its neighbour": {"halves": True},
+            "all channels are rotated": {"part": lambda rotary_dim, dim: dim, "width": None, "last": False},
+            "the last rotary_dim channels are rotated instead of the first": {"last": True},
+            "the frequencies are those of the whole head, theta^(-2i/dim)": {"width": lambda rotary_dim, dim: dim},
+            "channel i is paired with i + rotary_dim/2 instead of its neighbour": {"halves": True},
             "the pairs are rotated correctly, but then concatenated (torch.cat), not interleaved": {
                 "interleaved": False,
                 "halves": False,
             },
             "row t is placed at position t, whatever `positions` says": {"place": lambda p: torch.arange(len(p))},
-            "every position is one too large": {"place": lambda positions: positions + 1},
             "the pairs are rotated clockwise": {"direction": -1},
-            "pair i has frequency theta^(-i/dim), without the 2 in the exponent": {"exponent": 1},
+            "pair i has frequency theta^(-i/rotary_dim), without the 2 in the exponent": {"exponent": 1},
         },
     ),
     hints=(
-        "write down the angles as a table of rows by pairs first; then rotate a pair (a, b) by one angle",
-        "a, b = x[..., 0::2], x[..., 1::2]; the angles need a dimension of 1 for the heads; torch.stack(..., -1) and "
-        "flatten(-2) put the pairs back in place",
+        "write down the angles as a table of rows by pairs first; then rotate a pair (a, b) by one angle; the channels "
+        "from rotary_dim on are copied",
+        "turning, kept = x[..., :rotary_dim], x[..., rotary_dim:]; a, b = turning[..., 0::2], turning[..., 1::2]; the "
+        "angles need a dimension of 1 for the heads; torch.stack(..., -1) and flatten(-2) put the pairs back in place",
     ),
     section="chapter 01, section 2: RoPE",
     points=2,
 )
 
 
-def to_halves(
+def to_neighbours(
     weight: Float[Tensor, "out dim"], heads: int, *,
-    by_head: bool = True, order: str = "(h i pair) d -> (h pair i) d", odd_first: bool = False,
+    by_head: bool = True, order: str = "(h pair i) d -> (h i pair) d", odd_first: bool = False,
 ) -> Float[Tensor, "out dim"]:  # fmt: skip
-    weight = weight.unflatten(0, (-1, 2)).flip(1).flatten(0, 1) if odd_first else weight
-    return rearrange(weight, order, h=heads if by_head else 1, pair=2)
+    reordered = rearrange(weight, order, h=heads if by_head else 1, pair=2)
+    return reordered.unflatten(0, (-1, 2)).flip(1).flatten(0, 1) if odd_first else reordered
 
 
 def _weight_examples(generator: torch.Generator) -> list[tuple]:
@@ -133,28 +156,28 @@ def _weight_examples(generator: torch.Generator) -> list[tuple]:
     ]
 
 
-TO_HALVES = Function(
+TO_NEIGHBOURS = Function(
     id="1.3",
-    name="to_halves",
-    reference=to_halves,
+    name="to_neighbours",
+    reference=to_neighbours,
     examples=_weight_examples,
     mistakes=variants(
-        to_halves,
+        to_neighbours,
         {
-            "even and odd rows are taken from the whole matrix and not from each head": {"by_head": False},
-            "the reordering goes the other way, from halves to neighbours": {
-                "order": "(h pair i) d -> (h i pair) d",
+            "the halves are those of the whole matrix and not of each head": {"by_head": False},
+            "the reordering goes the other way, from neighbours to halves": {
+                "order": "(h i pair) d -> (h pair i) d",
                 "odd_first": False,
             },
-            "the odd rows come first": {"odd_first": True},
+            "the second half comes first in each pair": {"odd_first": True},
         },
     )
     | {
-        "the columns are reordered instead of the rows": lambda w, heads: torch.cat((w[:, 0::2], w[:, 1::2]), 1),
+        "the columns are reordered instead of the rows": lambda w, heads: torch.stack(w.chunk(2, 1), -1).flatten(1),
     },
     hints=(
         "separate the heads before anything else; then the order of rows is the same in each of them",
-        "within each head's rows: 0, 2, 4, ..., 1, 3, 5, ...; print it for torch.arange(12.)[:, None] and 2 heads",
+        "within a head of d rows: 0, d/2, 1, d/2 + 1, ...; print it for torch.arange(12.)[:, None] and 2 heads",
     ),
     section="chapter 01, section 4: pairs of neighbours, or pairs of halves",
 )
@@ -236,7 +259,7 @@ def decode_step(
     position = torch.tensor([cache.shape[2] + shift])
     rows = (rearrange(w @ x, "(h d) -> 1 h d", d=head_dim) for w in (q_proj, k_proj, v_proj))
     turned = zip(rows, (turn_query, turn_key, turn_value), strict=True)
-    query, key, value = (rotate(each, position, 10000.0) if turn else each for each, turn in turned)
+    query, key, value = (rotate(each, position, 10000.0, head_dim) if turn else each for each, turn in turned)
     longer = torch.cat((cache, torch.stack((key, value)).transpose(1, 2)), 2)
     return o_proj @ attend(query.transpose(0, 1), *(longer if see_itself else cache)).flatten(), longer
 
@@ -278,41 +301,18 @@ DECODE_STEP = Function(
 
 # 1.6 ---------------------------------------------------------------------------------------------------------------
 
-
-def cache_bytes(
-    config: ModelConfig, tokens: int, bits: int, *,
-    layers: bool = True, vectors: int = 2, key_heads: bool = True, per_byte: int = 8,
-) -> int:  # fmt: skip
-    heads = config.num_key_value_heads if key_heads else config.num_attention_heads
-    numbers = vectors * heads * config.v_head_dim * (config.num_hidden_layers if layers else 1)
-    return numbers * tokens * bits // per_byte
-
-
-def _cache_examples(generator: torch.Generator) -> list[tuple]:
-    llama = ModelConfig(attention="gqa", num_hidden_layers=126, num_key_value_heads=8, v_head_dim=128)
-    nano = ModelConfig.preset("nano", attention="gqa", num_key_value_heads=1)
-    return [(llama, 1, 16), (llama.replace(num_hidden_layers=80), 131_072, 16), (nano, 100, 32), (llama, 1000, 4)]
-
-
-CACHE_BYTES = Function(
+EXPONENT = Experiment(
     id="1.6",
-    name="cache_bytes",
-    reference=cache_bytes,
-    examples=_cache_examples,
-    mistakes=variants(
-        cache_bytes,
-        {
-            "the layers are left out": {"layers": False},
-            "only keys are counted, or only values": {"vectors": 1},
-            "the query heads are counted instead of the key heads": {"key_heads": False},
-            "bits are taken for bytes": {"per_byte": 1},
-        },
-    ),
+    name="exponent",
+    what="exponent with which the mean score grows with the width",
+    low=0.93,
+    high=1.07,
     hints=(
-        "what is cached for one token in one layer? Multiply from there: layers, tokens, bytes",
-        "a key and a value, for each key head, of v_head_dim values, in each layer, for each token; 8 bits are a byte",
+        "a power law is a straight line in logarithms: log(mean score) = exponent * log(width) + constant",
+        "the slope of a least-squares line: ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum(), "
+        "with x = log(width) and y = log(mean score); average the scores before taking the logarithm",
     ),
-    section="chapter 01, section 7: at full scale",
+    section="chapter 01, section 2: why the scores are divided",
 )
 
 # 1.7 ---------------------------------------------------------------------------------------------------------------
@@ -346,4 +346,25 @@ TEST_ATTEND = SpotTheBug(
     section="chapter 01, section 5: the mask of a chunk",
 )
 
-EXERCISES = [RMS_NORM, ROTATE, TO_HALVES, ATTEND, DECODE_STEP, CACHE_BYTES, TEST_ATTEND]
+# 1.8 ---------------------------------------------------------------------------------------------------------------
+
+OWN_WALL = OpenTask(
+    id="1.8",
+    name="own_wall",
+    rubric=(
+        "both roofs were measured: GB/s from something that only reads, GFLOP/s from a large matrix product",
+        "the ridge point follows from them, with its unit, and was predicted before the measurement",
+        "attention was timed for at least four numbers of query heads per key head, at a context whose cache exceeds "
+        "the processor's own caches",
+        "it says which of the points are memory-bound and which compute-bound, and how far each is below its roof",
+        "it names one thing that the roofline leaves out and that the measurement shows",
+    ),
+    hints=(
+        "the sum of a tensor of 200 MB reads it once and computes next to nothing",
+        "decode_step of section 7 with 64 query heads and 64, 32, 16, ..., 1 key heads; its FLOPs are 4 * heads * "
+        "width * slots, its bytes those of key and value",
+    ),
+    section="chapter 01, section 7: measured here",
+)
+
+EXERCISES = [CACHE_BYTES, ROTATE, TO_NEIGHBOURS, ATTEND, DECODE_STEP, EXPONENT, TEST_ATTEND, OWN_WALL]

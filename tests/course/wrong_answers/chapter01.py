@@ -5,35 +5,23 @@ import math
 import torch
 from torch.nn import functional as F
 
-from minids.course.exercises.chapter01 import attend, cache_bytes, decode_step, rms_norm, rotate, to_halves
+from minids.course.exercises.chapter01 import attend, cache_bytes, decode_step, rotate, to_neighbours
 
 RECOGNISED = "this is what comes out when {}"
 
 
-def norm_in_place(x, weight, eps):
-    return x.mul_(torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)) * weight
+def rotate_with_cat(x, positions, theta, rotary_dim, sign=1):
+    angle = sign * positions[:, None, None] * theta ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
+    a, b = x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]
+    turned = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+    return torch.cat((*turned, x[..., rotary_dim:]), -1)
 
 
-def norm_without_keepdim(x, weight, eps):
-    return x / torch.sqrt(x.square().mean(-1) + eps) * weight
-
-
-def norm_centred_with_eps_outside(x, weight, eps):
-    x = x - x.mean(-1, keepdim=True)
-    return x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * weight
-
-
-def rotate_with_cat(x, positions, theta, sign=1):
-    dim = x.shape[-1]
-    angle = sign * positions[:, None, None] * theta ** (-torch.arange(0, dim, 2) / dim)
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
-
-
-def rotate_by_one_frequency(x, positions, theta):
+def rotate_by_one_frequency(x, positions, theta, rotary_dim):
     angle = (positions / theta)[:, None, None]
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1).flatten(-2)
+    a, b = x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]
+    turned = torch.stack((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1).flatten(-2)
+    return torch.cat((turned, x[..., rotary_dim:]), -1)
 
 
 def attend_ready_made(query, key, value):
@@ -68,8 +56,30 @@ def decode_step_value_first(x, cache, *weights):
     return out, torch.cat((longer[:, :, -1:], longer[:, :, :-1]), 2)
 
 
-def cache_bytes_as_float(config, tokens, bits):
-    return 2 * config.num_key_value_heads * config.v_head_dim * config.num_hidden_layers * tokens * bits / 8
+def cache_bytes_as_float(config, tokens, window, every, bits):
+    return cache_bytes(config, tokens, window, every, 1) * float(bits)
+
+
+def slope(mean_score, seed, widths=(16, 32, 64, 128, 256, 512, 1024)):
+    random = torch.Generator().manual_seed(seed)
+    points = []
+    for width in widths:
+        query, noise = torch.randn(2, 1000, width, generator=random)
+        points.append((math.log(width), math.log(mean_score(query, noise))))
+    x, y = torch.tensor(points).T
+    return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+
+
+def of_independent_keys(seed):
+    return slope(lambda query, noise: (query * noise).sum(-1).abs().mean(), seed)
+
+
+def of_the_spread(seed):
+    return slope(lambda query, noise: (query * (query + noise) / math.sqrt(2)).sum(-1).std(), seed)
+
+
+def of_divided_scores(seed):
+    return slope(lambda query, noise: (query * (query + noise)).sum(-1).mean() / math.sqrt(query.shape[1]), seed)
 
 
 def only_the_first_token(attend):
@@ -93,40 +103,47 @@ def expects_a_square_mask(attend):
 
 WRONG = {
     "1.1": [
-        ("in place", norm_in_place, "your code changed the argument `x`; return a new value instead"),
-        ("no keepdim", norm_without_keepdim, "your code raised RuntimeError"),
-        ("float64", lambda *a: rms_norm(*a).double(), "should be of torch.float32, got torch.float64"),
-        ("a list", lambda *a: rms_norm(*a).tolist(), "the result should be a tensor, got"),
+        ("a float", cache_bytes_as_float, "the value is correct, but return an int, not a float"),
+        ("a tensor", lambda *a: torch.tensor(cache_bytes(*a)), "but return an int, not a tensor"),
         (
-            "two mistakes: centred, eps outside",
-            norm_centred_with_eps_outside,
-            "the mean is subtracted first, as in LayerNorm and eps is added to the root instead of under it",
+            "the first layer is full",
+            lambda c, t, w, e, b: cache_bytes(c, t, w, e, b, full=lambda n, k: n // k + 1),
+            "got",
         ),
-        ("torch's layer_norm", lambda x, w, eps: F.layer_norm(x, w.shape, w, None, eps), "as in LayerNorm"),
-        ("eps squared", lambda x, w, eps: rms_norm(x, w, eps**2), r"the result: \d+ of \d+ values differ"),
+        ("whole bytes a value", lambda c, t, w, e, b: cache_bytes(c, t, w, e, 8) * (b // 8), "example 4 of 4"),
+        (
+            "two mistakes: a full window, keys only",
+            lambda *a: cache_bytes(*a, shorter=False) // 2,
+            RECOGNISED.format("a layer with a window holds a full window .* and only keys are counted"),
+        ),
     ],
     "1.2": [
         ("cat for stack", rotate_with_cat, "then concatenated"),
         (
             "cat, and clockwise",
-            lambda x, p, t: rotate_with_cat(x, p, t, -1),
+            lambda x, p, t, r: rotate_with_cat(x, p, t, r, -1),
             "not interleaved and the pairs are rotated",
         ),
-        ("one frequency", rotate_by_one_frequency, r"on example 2 of 4|values differ"),
-        ("without flatten", lambda *a: rotate(*a).unflatten(-1, (-1, 2)), r"should have shape \(2, 1, 2\), got"),
-        ("positions from 1", lambda x, p, t: rotate(x, p + 1, t), "every position is one too large"),
+        ("all channels", lambda x, p, t, r: rotate(x, p, t, x.shape[-1]), "all channels are rotated"),
+        ("one frequency", rotate_by_one_frequency, r"values differ"),
+        (
+            "only the rotated part",
+            lambda x, p, t, r: rotate(x, p, t, r)[..., :r],
+            r"should have shape \(3, 1, 4\), got",
+        ),
+        ("positions from 1", lambda x, p, t, r: rotate(x, p + 1, t, r), "values differ"),
         ("complex result", lambda *a: rotate(*a) + 0j, "should be of torch.float32, got torch.complex64"),
     ],
     "1.3": [
         (
             "two mistakes: whole matrix, wrong way",
-            lambda w, heads: to_halves(w, 1, order="(h pair i) d -> (h i pair) d"),
-            "not from each head and the reordering goes the other way",
+            lambda w, heads: to_neighbours(w, 1, order="(h i pair) d -> (h pair i) d"),
+            "not of each head and the reordering goes the other way",
         ),
         ("nothing done", lambda weight, heads: weight, "values differ"),
-        ("heads apart", lambda w, heads: to_halves(w, heads).unflatten(0, (heads, -1)), "should have shape"),
-        ("a list of rows", lambda w, heads: list(to_halves(w, heads)), "the result should be a tensor"),
-        ("halves swapped", lambda w, heads: torch.cat((w[1::2], w[0::2])), "and the odd rows come first"),
+        ("heads apart", lambda w, heads: to_neighbours(w, heads).unflatten(0, (heads, -1)), "should have shape"),
+        ("a list of rows", lambda w, heads: list(to_neighbours(w, heads)), "the result should be a tensor"),
+        ("rows swapped", lambda w, heads: to_neighbours(w, heads, odd_first=True), "the second half comes first"),
     ],
     "1.4": [
         ("torch's own attention", attend_ready_made, "the result is correct, but it calls torch's scaled_dot_product"),
@@ -152,15 +169,11 @@ WRONG = {
         ("position one too far", lambda *a: decode_step(*a, shift=1), "the output: .*values differ"),
     ],
     "1.6": [
-        ("a float", cache_bytes_as_float, "the value is correct, but return an int, not a float"),
-        ("a tensor", lambda *a: torch.tensor(cache_bytes(*a)), "but return an int, not a tensor"),
-        ("without the last token", lambda c, t, b: cache_bytes(c, t - 1, b), r"the result: got 0, expected 516096"),
-        ("whole bytes a value", lambda c, t, b: cache_bytes(c, t, 1) * (b // 8) * 8, "example 4 of 4"),
-        (
-            "two mistakes: one layer, keys only",
-            lambda c, t, b: cache_bytes(c, t, b) // (2 * c.num_hidden_layers),
-            RECOGNISED.format("the layers are left out and only keys are counted, or only values"),
-        ),
+        ("independent keys", of_independent_keys, r"median 0\.(49|50)"),
+        ("the spread of the scores", of_the_spread, r"median 0\.(49|50)"),
+        ("scores already divided", of_divided_scores, r"median 0\.(49|50)"),
+        ("a tensor", lambda seed: torch.tensor(1.0), "the function should return a float, got"),
+        ("another base", lambda seed: of_divided_scores(seed) + 1, "expected: a median between"),
     ],
     "1.7": [
         ("first token, equal heads", only_the_first_token, "it misses a bug; hint: call it on a whole sequence"),
