@@ -5,6 +5,7 @@ of slots is not fixed in it, so that one package serves every length; it is writ
 compiler in milliseconds. A package is a library of machine code: the folder is to be as trusted as the program itself.
 """
 
+import inspect
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import warnings
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,9 +33,9 @@ BATCHES = (1, 2, 4, 8, 16)  # sizes that are compiled; a batch between them is p
 
 
 class CompiledStep:
-    """`FusedStep` for `batch` sequences, compiled ahead of time, with the weights of one model."""
+    """A fused step for `batch` sequences, compiled ahead of time, with the weights of one model."""
 
-    def __init__(self, weights: FusedStep, batch: int, path: Path):
+    def __init__(self, weights: nn.Module, batch: int, path: Path):
         """Load the package at `path`. Raises `ValueError` if it cannot be loaded."""
         self.batch, self.weights = batch, list(weights.state_dict().values())
         try:  # what torch._inductor.aoti_load_package does, without two seconds of importing the compiler
@@ -41,10 +43,9 @@ class CompiledStep:
         except RuntimeError as error:
             raise ValueError(f"{path} cannot be loaded: {_first_line(error)}; delete it to compile it again") from None
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `FusedStep.forward` returns."""
-        logits, entries = self.runner.boxed_run([*self.weights, tokens, positions, cache])
-        return logits, entries
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return what the step's `forward` returns."""
+        return tuple(self.runner.boxed_run([*self.weights, *inputs]))
 
 
 class FusedDecoder:
@@ -75,8 +76,10 @@ class FusedDecoder:
 
 
 @torch.inference_mode(False)  # the step outlives the call, and may be called outside of inference mode
-def load_step(model: MiniDS, batch: int) -> CompiledStep | None:
+def load_step(model: MiniDS, batch: int, kind: type[Any] = FusedStep) -> CompiledStep | None:
     """Return the compiled step for `batch` sequences, from the cache folder or newly compiled (about a minute).
+
+    `kind` is `FusedStep`, or another module made of a model, with `example` inputs and a `longest` position.
 
     Without a C++ compiler it warns and returns None. Raises `ValueError` for more than 16 sequences, and for a model
     that the fused step does not cover.
@@ -87,9 +90,9 @@ def load_step(model: MiniDS, batch: int) -> CompiledStep | None:
     batch = next(size for size in BATCHES if size >= batch)
     weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
     held = _LOADED.setdefault(model, {})
-    if batch not in held or held[batch][0] != weights:
-        step = FusedStep(model)
-        path = package_path(model, batch)
+    if (kind, batch) not in held or held[kind, batch][0] != weights:
+        step = kind(model)
+        path = package_path(model, batch, kind)
         if not path.exists():
             try:
                 build_package(step, batch, path)
@@ -97,21 +100,22 @@ def load_step(model: MiniDS, batch: int) -> CompiledStep | None:
                 reason = f"the C++ compiler failed ({_first_line(error)}); install g++ or set CXX"
                 warnings.warn(f"decoding without compilation: {reason}", stacklevel=2)
                 return None
-        held[batch] = weights, CompiledStep(step, batch, path)
-    return held[batch][1]
+        held[kind, batch] = weights, CompiledStep(step, batch, path)
+    return held[kind, batch][1]
 
 
-# By model and batch: the state of the weights, and the step. Merging the matrices takes as long as twenty steps.
-_LOADED: WeakKeyDictionary[MiniDS, dict[int, tuple[list[tuple[int, int]], CompiledStep]]] = WeakKeyDictionary()
+# By model, kind and batch: the state of the weights, and the step. Merging the matrices takes as long as twenty steps.
+_LOADED: WeakKeyDictionary[MiniDS, dict[tuple[type, int], tuple[list, CompiledStep]]] = WeakKeyDictionary()
 
 
-def package_path(model: MiniDS, batch: int) -> Path:
-    """Return the file of the compiled step: one for each config, dtype, batch, torch, processor and source code.
+def package_path(model: MiniDS, batch: int, kind: type = FusedStep) -> Path:
+    """Return the file of the compiled step: one for each kind, config, dtype, batch, torch, processor and source code.
 
     It is in $XDG_CACHE_HOME/minids, by default ~/.cache/minids, and can be deleted at any time.
     """
-    sources = [Path(fused.__file__), *sorted(Path(moe.__file__).parent.glob("*.py"))]
+    sources = [Path(fused.__file__), Path(inspect.getfile(kind)), *sorted(Path(moe.__file__).parent.glob("*.py"))]
     key = {
+        "kind": kind.__name__,
         "config": model.config.to_dict(),
         "weights": [f"{name}: {tuple(p.shape)} {p.dtype}" for name, p in model.named_parameters()],
         "batch": batch,
@@ -127,16 +131,16 @@ def package_path(model: MiniDS, batch: int) -> Path:
 class _StepOfWeights(nn.Module):
     """The step with its weights as an input. Of constants the compiler removes those that are 0 or 1 at that moment."""
 
-    def __init__(self, step: FusedStep):
+    def __init__(self, step: nn.Module):
         super().__init__()
         self.step, self.names = step, list(step.state_dict())
 
-    def forward(self, weights: list[Tensor], *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, weights: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
         return functional_call(self.step, dict(zip(self.names, weights, strict=True)), inputs)
 
 
 @torch.no_grad()
-def build_package(step: FusedStep, batch: int, path: Path) -> None:
+def build_package(step: Any, batch: int, path: Path) -> None:
     """Compile the step and write the package atomically. Raises `RuntimeError` if the C++ compiler is missing or fails.
 
     The number of slots is left open. Indices are not checked in the compiled code: the checks would double its time.
@@ -144,13 +148,10 @@ def build_package(step: FusedStep, batch: int, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package, cpp_builder  # imports the compiler, two seconds
 
     cpp_builder.get_cpp_compiler()  # raises at once where there is none
-    tokens = torch.zeros(batch, 1, dtype=torch.int64)
-    attention = step.layers[0].attention
-    cache = step.head.weight.new_zeros(8, len(step.layers), batch, attention.kv_rank + attention.rope_dim)
-    weights = list(step.state_dict().values())
-    slots = {0: torch.export.Dim("slots", min=2, max=len(step.cos) + 8)}
-    shapes = ([None] * len(weights), (None, None, slots))
-    graph = torch.export.export(_StepOfWeights(step), (weights, tokens, tokens.clone(), cache), dynamic_shapes=shapes)
+    inputs, weights = step.example(batch), list(step.state_dict().values())
+    slots = {0: torch.export.Dim("slots", min=2, max=step.longest + 8)}
+    shapes = ([None] * len(weights), (*[None] * (len(inputs) - 1), slots))
+    graph = torch.export.export(_StepOfWeights(step), (weights, *inputs), dynamic_shapes=shapes)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of one part of torch about another

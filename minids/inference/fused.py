@@ -217,25 +217,51 @@ class FusedStep(nn.Module):
         A token attends to the slots below the position of its sequence's first new token, and to the new tokens up to
         itself.
         """
-        x = wide(self.embedding(tokens))
-        rotation = self.cos[positions], self.sin[positions]  # each [batch, seq, 1, pairs]
-        seq = tokens.shape[1]
-        later = torch.ones(seq, seq, dtype=torch.bool, device=x.device).triu(1).expand(len(x), seq, seq)
-        slots = torch.arange(cache.shape[0], device=x.device)
-        unused = (slots >= positions[:, :1, None]).expand(-1, seq, -1)  # [batch, seq, slots]
-        unseen = torch.cat((unused, later), -1)
-        unseen = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, -torch.inf)[:, None]
-        entries = []
+        hidden, entries = self.trunk(tokens, positions, cache)
+        return self.logits(hidden), entries
+
+    def trunk(self, tokens: Tensor, positions: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual stream before the final norm, and the new cache entries."""
+        x, entries = wide(self.embedding(tokens)), []
+        context = self.context(positions, cache, x.dtype)
         for layer, layer_cache in zip(self.layers, cache.unbind(1), strict=True):
-            x, entry = layer(x, rotation, layer_cache, unseen)
+            x, entry = layer(x, context[0], layer_cache, context[1])
             entries.append(entry)
-        return matvec(self.head.weight, self.norm(x)), torch.stack(entries, 2)
+        return x, torch.stack(entries, 2)
+
+    def logits(self, hidden: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq vocab"]:
+        """Apply the final norm and the output head."""
+        return matvec(self.head.weight, self.norm(hidden))
+
+    def context(self, positions: Int[Tensor, "batch seq"], cache: Tensor, dtype: torch.dtype) -> tuple[tuple, Tensor]:
+        """Return the rotations of the new tokens, and the mask that is added to their scores."""
+        batch, seq = positions.shape
+        later = torch.ones(seq, seq, dtype=torch.bool, device=positions.device).triu(1).expand(batch, seq, seq)
+        unused = torch.arange(cache.shape[0], device=positions.device) >= positions[:, :1, None]
+        unseen = torch.cat((unused.expand(-1, seq, -1), later), -1)  # [batch, seq, slots + seq]
+        mask = torch.zeros_like(unseen, dtype=dtype).masked_fill(unseen, -torch.inf)[:, None]
+        return (self.cos[positions], self.sin[positions]), mask  # cosine and sine [batch, seq, 1, pairs]
+
+    def example(self, batch: int) -> tuple[Tensor, ...]:
+        """Return inputs for the compiler, which leaves open the number of slots of the last one, the cache."""
+        tokens = torch.zeros(batch, 1, dtype=torch.int64)
+        attention = self.layers[0].attention
+        cache = self.head.weight.new_zeros(8, len(self.layers), batch, attention.kv_rank + attention.rope_dim)
+        return tokens, tokens.clone(), cache
+
+    @property
+    def longest(self) -> int:
+        """Number of positions that it knows the rotations of."""
+        return len(self.cos)
 
 
 def check_model(model: MiniDS) -> None:
     """Raise `ValueError` for a model that the fused step does not cover."""
     if model.config.attention != "mla":
         raise ValueError(f"attention={model.config.attention!r}: the fused step has mla only; decode without compiled")
+    for name, plain_value in (("hc_mult", 1), ("engram", None), ("index_topk", None)):
+        if (value := getattr(model.config, name)) != plain_value:
+            raise ValueError(f"{name}={value!r}: the fused step has {plain_value} only; decode without compiled")
     if model.head.weight.device.type != "cpu":
         raise ValueError(
             f"device={model.head.weight.device}: the compiled step is for the CPU; decode without compiled"

@@ -81,7 +81,7 @@ def check_prompts(model: MiniDS, prompts: Sequence[Sequence[int]], max_new_token
 
 def prefill(
     model: MiniDS, prompts: Sequence[Sequence[int]], cache: KVCache, chunk: int | None = None
-) -> tuple[Float[Tensor, "batch longest dim"], Int[Tensor, "batch longest"]]:
+) -> tuple[Float[Tensor, "batch longest *streams dim"], Int[Tensor, "batch longest"]]:
     """Prefill an empty cache with all prompts, `chunk` positions at a time; return hidden states and padded prompts.
 
     Prompts are padded on the right; the cache has the lengths without padding.

@@ -2,16 +2,21 @@
 
 Notable choices: drafts are verified by rejection sampling, so the text has exactly the distribution of plain decoding
 (greedy: the same tokens); sequences of a batch accept different numbers of tokens and have their own lengths; the cache
-slots of rejected tokens are overwritten later; one greedy sequence needs no distributions and has its own loop.
+slots of rejected tokens are overwritten later; one greedy sequence needs no distributions and has its own loop; with
+one MTP module a whole round can run as one compiled function (`fused_round.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from minids.inference.compiled import load_step
+from minids.inference.fused_round import FusedRound
 from minids.inference.generate import Sampling, check_prompts, prefill
 from minids.model.transformer import MiniDS
 
@@ -45,7 +50,7 @@ class _Sequences:
         self.cache, self.mtp_cache = model.new_cache(batch, slots), model.new_mtp_cache(batch, slots)
         self.tokens = torch.zeros(batch, slots, dtype=torch.int64, device=device)
         hidden, prompt_tokens = prefill(model, prompts, self.cache)
-        self.hidden = hidden.new_zeros(batch, slots, hidden.shape[-1])
+        self.hidden = hidden.new_zeros(batch, slots, *hidden.shape[2:])
         self.hidden[:, : hidden.shape[1]] = hidden
         self.tokens[:, : hidden.shape[1]] = prompt_tokens
         self.known = self.cache.lengths  # [batch]
@@ -143,15 +148,20 @@ def generate_speculatively(
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     stop: Sequence[int] = (),
     generator: torch.Generator | None = None,
+    compiled: bool = False,
 ) -> tuple[list[list[int]], Acceptance]:
     """Generate as `generate` does, with speculative decoding; also return the acceptance statistics.
 
-    Raises `ValueError` as `generate` does, and for a model without MTP modules.
+    With `compiled` each round is one compiled function, where there is a compiler. Raises `ValueError` as `generate`
+    does, for a model without MTP modules, and with `compiled` for one with several.
     """
     depths = len(model.mtp)
     if depths == 0:
         raise ValueError("num_nextn_predict_layers=0: speculative decoding needs at least one MTP module")
     check_prompts(model, prompts, max_new_tokens + depths)
+    step = load_step(model, len(prompts), FusedRound) if compiled else None
+    if step is not None:
+        return _by_compiled_rounds(model, prompts, max_new_tokens, sampling, stop, generator, step, step.batch)
     if sampling.temperature == 0 and len(prompts) == depths == 1:
         completion, acceptance = _one_sequence_greedily(model, prompts[0], max_new_tokens, stop)
         return [completion], acceptance
@@ -208,13 +218,83 @@ def _one_sequence_greedily(
         draft = int(model.head(module.norm(hidden[:, -1])).argmax())
         new_hidden, _ = model.trunk(torch.tensor([[tokens[-1], draft]], device=device), cache)
         own, after_draft = model.logits(new_hidden)[0].argmax(-1).tolist()
-        accepted = own == draft
-        settled = [own, after_draft] if accepted else [own]
+        accepted = _matches(draft, own)
+        settled = [draft, after_draft] if accepted else [own]
         acceptance.rounds, acceptance.accepted[0] = acceptance.rounds + 1, acceptance.accepted[0] + accepted
         if not accepted:
             new_hidden = new_hidden[:, :1]
             cache.truncate(cache.lengths - 1)
     return completion, acceptance
+
+
+def _matches(draft: int, own: int) -> bool:
+    """Verify a greedy draft: it is accepted if it is the model's own token."""
+    return draft == own
+
+
+def _by_compiled_rounds(
+    model: MiniDS,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[int],
+    generator: torch.Generator | None,
+    step: Callable[..., Sequence[Tensor]],
+    size: int,
+) -> tuple[list[list[int]], Acceptance]:
+    """Generate as `generate_speculatively` does, with rounds that are one call of `step`, a `FusedRound` of `size`.
+
+    Finished sequences and padding are computed on, and their results are dropped. Drafts are sampled without top_p,
+    which is as good a draft distribution as another: verification makes the text's distribution that of `sampling`.
+    """
+    batch, slots = len(prompts), max(map(len, prompts)) + max_new_tokens + 2
+    padded = [*prompts, *[prompts[0]] * (size - batch)]
+    cache, mtp_cache = model.new_cache(size, slots), model.new_mtp_cache(size, slots)
+    hidden, prompt = prefill(model, padded, cache)
+    if prompt.shape[1] > 1:  # the module has nothing to process before the second token
+        context = model.attention_context(prompt[:, 1:], mtp_cache)
+        model.mtp[0](hidden[:, :-1], model.embedding(prompt[:, 1:]), context, mtp_cache.layers[0])
+    static = rearrange(torch.stack([*cache.layers, *mtp_cache.layers]), "layer b slot entry -> slot layer b entry")
+    static, positions, rows = static.contiguous(), cache.lengths, torch.arange(size)
+    states = hidden.new_zeros(size, slots, hidden.shape[-1])
+    states[:, : hidden.shape[1]] = hidden
+    tokens = F.pad(prompt, (0, slots - prompt.shape[1]))
+    fresh, _ = sampling.draw(model.logits(hidden[rows, positions - 1][:, None])[:, 0], generator)
+    tokens[rows, positions] = fresh
+
+    greedy, two = sampling.temperature == 0, torch.arange(2)
+    temperature = states.new_tensor(1.0 if greedy else sampling.temperature)
+    drafted_by = Sampling(sampling.temperature)
+    noise, advance = states.new_zeros(size, model.config.vocab_size), torch.zeros_like(positions)
+    completions: list[list[int]] = [[] for _ in prompts]
+    acceptance, alive, settled = Acceptance(accepted=[0]), set(range(batch)), [[token] for token in fresh.tolist()]
+    while True:
+        alive = {i for i in alive if not _extend(completions[i], settled[i], max_new_tokens, stop)}
+        if not alive:
+            return completions, acceptance
+        positions = positions + advance * torch.tensor([i in alive for i in range(size)])
+        if not greedy:
+            noise = noise.exponential_(generator=generator).log_().neg_()
+        back = (positions - 2).clamp_min(0)[:, None] + two
+        inputs = tokens[rows[:, None], back + 1], states[rows[:, None], back], positions, noise, temperature
+        used = static[: max(int(positions.max()), 2)]
+        drafts, draft_logits, logits, new_states, own_entries, entries = step(*inputs, used)
+        ahead = positions[:, None] + two
+        static[back, -1, rows[:, None]] = own_entries.to(static.dtype)
+        static[ahead, :-1, rows[:, None]] = entries.to(static.dtype)
+        states[rows[:, None], ahead] = new_states
+        if greedy:
+            own = logits.argmax(-1).tolist()
+            taken = [_matches(draft, pair[0]) for draft, pair in zip(drafts.tolist(), own, strict=True)]
+            settled = [[d, b] if t else [a] for t, d, (a, b) in zip(taken, drafts.tolist(), own, strict=True)]
+        else:
+            chances = drafted_by.probabilities(draft_logits)[:, None], sampling.probabilities(logits)
+            found, count = verify(drafts[:, None], *chances, generator)
+            settled = [row[:n] for row, n in zip(found.tolist(), count.tolist(), strict=True)]
+        acceptance.rounds += len(alive)
+        acceptance.accepted[0] += sum(len(settled[i]) == 2 for i in alive)
+        tokens[rows[:, None], ahead + 1] = torch.tensor([[*new, 0][:2] for new in settled])
+        advance = torch.tensor([len(new) for new in settled])
 
 
 def _extend(completion: list[int], tokens: list[int], limit: int, stop: Sequence[int]) -> bool:

@@ -17,6 +17,19 @@ def test_speculative_depth_runs_at_toy_size(tmp_path, capsys):
     assert "1 layers, temperature 0.8: plain / speculative:" in capsys.readouterr().out
 
 
+def test_forced_acceptance_is_what_was_asked_for(tmp_path, capsys):
+    results = tmp_path / "depth.jsonl"
+    sizes = {"layers": 1, "steps": 0, "repeats": 1, "prompts": 1, "tokens": 8, "results": results}
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    speculative_depth.main(*words, "--forced", "0", "1")
+    found = json.loads(results.read_text())["forced"]
+    assert {mode: [row["accepted"] for row in rows] for mode, rows in found.items()} == {
+        "temperature 0.8": [0, 1],
+        "greedy": [0, 1],
+    }
+    assert "1 layers, greedy, acceptance forced to 1.0: plain / speculative" in capsys.readouterr().out
+
+
 def test_decoding_runs_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sizes = {"batches": 1, "layers": 1, "tokens": 3, "repeats": 2, "reading-mib": 1, "results": tmp_path / "out.json"}

@@ -26,7 +26,7 @@ def mtp_chain(config: ModelConfig | None = None) -> Diagram:
     d.box("hidden norm", 11.5, 3.6, "RMSNorm", "", "operation", 2.0, 0.6)
     d.box("embedding norm", 14.7, 3.6, "RMSNorm", "", "operation", 2.0, 0.6)
     d.box("join", 13.1, 4.85, "concatenate, project", f"{shape(2 * width)} → {shape(width)}", "operation", 5.2)
-    d.box("layer", 13.1, 6.15, "1 layer", f"tokens × {shape(width)}", "operation", 5.2)
+    d.box("layer", 13.1, 6.15, "1 transformer layer", f"tokens × {shape(width)}", "operation", 5.2)
     d.box("module head", 13.1, 7.4, "head", "the same", "weight", 5.2)
     for path in (("embedding", "layers", "h", "head"), ("join", "layer", "module head")):
         for start, end in pairwise(path):
@@ -41,6 +41,7 @@ def mtp_chain(config: ModelConfig | None = None) -> Diagram:
             x = d.boxes[f"{name} in {number}"].x
             _arrow(d, (x, 0.9), (x, 1.7))
             _arrow(d, (x, 7.8), (x, 9.1))
+    d.note(8.3, 6.05, "hidden state", align="center")
     d.arrow("embedding", "module embedding", "shared", dashed=True)
     d.arrow("head", "module head", "shared", dashed=True)
     return d

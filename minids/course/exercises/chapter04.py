@@ -1,4 +1,4 @@
-"""Exercises of chapter 4: a prediction module's input and loss, the verification of its drafts, and tests for both.
+"""Exercises of chapter 4: an MTP module's input, import and loss, the verification of its drafts, and tests for both.
 
 Everything is for one sequence. Depths count from 1; a loop over depths is fine, none over positions is needed. Beyond
 its arguments, the keywords of a reference change one step of it, for the known mistakes and the planted bugs.
@@ -14,16 +14,16 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from minids.config import ModelConfig
-from minids.course.checks import Bug, Function, SpotTheBug
+from minids.course.checks import Bug, Experiment, Function, OpenTask, SpotTheBug
 from minids.course.exercises.chapter04_mistakes import (
     ALIGN_MISTAKES,
     DRAFT_MISTAKES,
-    JOIN_MISTAKES,
+    IMPORT_MISTAKES,
     LOOP_MISTAKES,
     LOSS_MISTAKES,
+    by_column,
     by_inverse_ratio,
     by_ratio,
-    norm,
 )
 from minids.course.exercises.mistakes import variants
 from minids.course.observation import Observation
@@ -42,35 +42,30 @@ def align(
     return inputs(tokens, depth), labels(tokens, depth)
 
 
-# 4.2 Joining --------------------------------------------------------------------------------------------------------
+# 4.2 Importing a projection ------------------------------------------------------------------------------------------
 
 
-def join(
-    hidden: Float[Tensor, "positions dim"],
-    embedding: Float[Tensor, "positions dim"],
-    hidden_gain: Float[Tensor, "dim"],
-    embedding_gain: Float[Tensor, "dim"],
-    m: Float[Tensor, "dim two_dims"],
+def import_projection(
+    eh_proj: Float[Tensor, "dim two_dims"],
+    enorm: Float[Tensor, "dim"],
+    hnorm: Float[Tensor, "dim"],
     *,
-    norms: tuple[Callable, Callable] = (norm, norm),
-    hidden_first: bool = True,
-    together: bool = False,
-) -> Float[Tensor, "positions dim"]:
-    """V3 eq. 21, in the paper's order."""
-    parts = ((hidden, hidden_gain), (embedding, embedding_gain))[:: 1 if hidden_first else -1]
-    if together:
-        return norm(*(torch.cat(both, -1) for both in zip(*parts, strict=True))) @ m.T
-    order = norms if hidden_first else norms[::-1]
-    return torch.cat([each(*part) for each, part in zip(order, parts, strict=True)], -1) @ m.T
+    swapped: bool = True,
+    gains: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda enorm, hnorm: (enorm, hnorm),
+    scale: Callable[[Tensor, Tensor], Tensor] = by_column,
+) -> Float[Tensor, "dim two_dims"]:
+    """V3 eq. 21's matrix in the paper's order, with the gains of the norms folded into it, from released weights."""
+    enorm, hnorm = gains(enorm, hnorm)
+    of_embedding, of_hidden = eh_proj.chunk(2, -1)
+    parts = [scale(of_hidden, hnorm), scale(of_embedding, enorm)]
+    return torch.cat(parts if swapped else parts[::-1], -1)
 
 
-def join_examples(g: Generator) -> list[tuple]:
-    def example(positions, dim, size=1.0):
-        hidden, embedding = (size * c * torch.randn(positions, dim, generator=g) for c in (5, 1))
-        gains = 0.5 + torch.rand(2, dim, generator=g)
-        return hidden, embedding, *gains, torch.randn(dim, 2 * dim, generator=g)
+def import_examples(g: Generator) -> list[tuple]:
+    def example(dim):
+        return torch.randn(dim, 2 * dim, generator=g), *(0.5 + torch.rand(2, dim, generator=g))
 
-    return [example(3, 4), example(1, 8), example(7, 5), example(2, 6, 1e-3)]  # in the last one, eps matters
+    return [example(4), example(7), example(2)]
 
 
 # 4.3 The loss -------------------------------------------------------------------------------------------------------
@@ -236,21 +231,22 @@ EXERCISES = [
             "write the tokens of a short text in a row, and below each position i the tokens i + k and i + k + 1",
             "both results are slices: the labels begin at token k + 1, the inputs begin and end one token earlier",
         ),
-        section="chapter 04, section 2.2: inputs and labels",
+        section="chapter 04, section 3.2: which position receives what",
         outputs=("the input tokens", "the labels"),
     ),
     Function(
         id="4.2",
-        name="join",
-        reference=join,
-        examples=join_examples,
-        mistakes=variants(join, JOIN_MISTAKES),
+        name="import_projection",
+        reference=import_projection,
+        examples=import_examples,
+        mistakes=variants(import_projection, IMPORT_MISTAKES),
         hints=(
-            "three steps: two norms, one concatenation, one product; which of the two vectors comes first in eq. 21?",
-            "each vector is divided by its own root mean square (eps=1e-6) and scaled by its own gain; then torch.cat "
-            "with the hidden state first, and @ m.T",
+            "(x * gain) @ W.T is the same as x @ V.T for another matrix V: which rows or columns of W are scaled?",
+            "column j of a half is multiplied by gain j of that half's norm; then the halves trade places, because the "
+            "released matrix has those of the embedding first",
         ),
-        section="chapter 04, section 2.3: joining the two",
+        section="chapter 04, section 3.3: joining hidden state and embedding; the box in section 6.3",
+        points=2,
     ),
     Function(
         id="4.3",
@@ -263,7 +259,7 @@ EXERCISES = [
             "F.cross_entropy(rows, tokens[k + 1 :], reduction='sum') / T for depth k, although it has T - k labels; "
             "then the mean over depths, times mtp_weight",
         ),
-        section="chapter 04, section 3.1: what is trained",
+        section="chapter 04, section 4.1: the loss",
         points=2,
         gradients=("logits",),
     ),
@@ -277,7 +273,7 @@ EXERCISES = [
             "the two results do not depend on each other; for the second, ask how much of p the accepted drafts cover",
             "accept with probability min(1, p/q); what q has not covered is max(p - q, 0), divided by its sum",
         ),
-        section="chapter 04, section 5.1: keeping exactly the model's distribution",
+        section="chapter 04, section 5.2: the rule and its proof",
         points=2,
         outputs=("the verdict", "the distribution after a rejection"),
     ),
@@ -292,7 +288,7 @@ EXERCISES = [
             "wanted = best(text + drafts)[len(text) - 1 :] has the model's token in place of each draft, and one more. "
             "Add the drafts that agree up to the first difference, then the model's token there",
         ),
-        section="chapter 04, section 5.2: a round, in full",
+        section="chapter 04, sections 5.1 and 5.3: a round",
         points=3,
         outputs=("the new tokens", "the number of passes"),
         cost=one_call_a_round,
@@ -315,7 +311,7 @@ EXERCISES = [
             "change one token and compare the logits with those before: which rows must move, and which must not?",
             "for every j: change token j; the rows before j - 1 stay the same, row j - 1 and all after it change",
         ),
-        section="chapter 04, sections 3.2 and 4.4: the mask, two published bugs",
+        section="chapter 04, sections 4.2 and 6.3: what each output depends on, two known bugs",
     ),
     SpotTheBug(
         id="4.7",
@@ -341,6 +337,35 @@ EXERCISES = [
             "drafts [2, 1] with q one-hot, p one-hot at 3, 1, 0: count is 1 and the token is 3; then 20,000 drafts "
             "drawn from q, and torch.bincount of the first settled token against p",
         ),
-        section="chapter 04, section 5.1: keeping exactly the model's distribution",
+        section="chapter 04, sections 5.2 and 5.4: the rule, and a test of the distribution",
+    ),
+    Experiment(
+        id="4.8",
+        name="shared_reads",
+        what="distinct experts of two tokens per sequence over those of one",
+        low=1.38,
+        high=1.45,
+        hints=(
+            "a set of expert numbers for the first tokens of all sequences together, and one for both tokens of all",
+            "first = torch.randperm(256)[:8]; kept = first[torch.rand(8) < 0.5]; fill the second token up to 8 from "
+            "the experts that it does not have; the ratio is of the sizes of the unions over all 8 sequences",
+        ),
+        section="chapter 04, section 7.1: weights read per pass",
+    ),
+    OpenTask(
+        id="4.9",
+        name="lookup_drafts",
+        rubric=(
+            "the drafts come from the text so far, and each is verified: greedy output equals plain greedy output",
+            "acceptance is measured when sampling and when decoding greedily, on prose and on code, with a spread",
+            "it says how many rounds had no draft at all, and counts them",
+            "the MTP module's rates on the same prompts stand beside it",
+            "it says for which c and v the lookup pays where the module does not, by section 5.5's formula",
+        ),
+        hints=(
+            "find the last earlier place where the same two or three tokens stand; the token after it is the draft",
+            "a lookup has no distribution: q is 1 at its token, so a draft is accepted with probability p(draft)",
+        ),
+        section="chapter 04, sections 5.1 and 5.2: where drafts come from, the rule",
     ),
 ]

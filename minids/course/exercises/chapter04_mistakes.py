@@ -4,7 +4,6 @@ A dictionary maps the description of a mistake to the keywords with which the re
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,43 +23,23 @@ ALIGN_MISTAKES: Changes = {
 }
 
 
-# 4.2 Joining ----------------------------------------------------------------------------------------------------------
+# 4.2 Importing a projection -------------------------------------------------------------------------------------------
 
 
-def norm(x: Float[Tensor, "positions dim"], gain: Float[Tensor, "dim"]) -> Float[Tensor, "positions dim"]:
-    return F.rms_norm(x, x.shape[-1:], gain, 1e-6)
+def by_column(part: Float[Tensor, "dim dim"], gain: Float[Tensor, "dim"]) -> Float[Tensor, "dim dim"]:
+    """Scale the inputs of a projection."""
+    return part * gain
 
 
-def scaled(x, gain):
-    return x * gain
-
-
-def layer_norm(x, gain):
-    return F.layer_norm(x, x.shape[-1:], gain, None, 1e-6)
-
-
-def torch_layer_norm(x, gain):
-    return F.layer_norm(x, x.shape[-1:], gain)
-
-
-def unit_length(x, gain):
-    return F.normalize(x, dim=-1) * gain
-
-
-def norm_without_eps(x, gain):
-    return F.rms_norm(x, x.shape[-1:], gain)
-
-
-JOIN_MISTAKES: Changes = {
-    "the embedding comes first": {"hidden_first": False},
-    "the embedding is not normalised": {"norms": (norm, scaled)},
-    "the hidden state is not normalised": {"norms": (scaled, norm)},
-    "one norm is taken over both vectors together": {"norms": (norm, norm), "together": True},
-    "the mean is subtracted too, as in LayerNorm": {"norms": (layer_norm, layer_norm)},
-    "torch's layer_norm, with its eps=1e-5, stands in place of RMSNorm": {"norms": (torch_layer_norm,) * 2},
-    "a vector is divided by its length, not by its root mean square": {"norms": (unit_length, unit_length)},
-    "eps=1e-6 is left out": {"norms": (norm_without_eps, norm_without_eps)},
-    "the gains are not used": {"norms": (lambda x, gain: norm(x, torch.ones_like(gain)),) * 2},
+IMPORT_MISTAKES: Changes = {
+    "the halves keep the released order": {"swapped": False},
+    "each half is scaled by the gain of the other norm": {"gains": lambda enorm, hnorm: (hnorm, enorm)},
+    "the columns are divided by the gains": {"gains": lambda enorm, hnorm: (1 / enorm, 1 / hnorm)},
+    "the gains scale the rows, the outputs of the projection": {"scale": lambda part, gain: part * gain[:, None]},
+    "the gains are left out": {
+        "gains": lambda enorm, hnorm: (torch.ones_like(enorm), torch.ones_like(hnorm)),
+        "scale": by_column,
+    },
 }
 
 

@@ -3,12 +3,31 @@
 import torch
 import torch.nn.functional as F
 
-from minids.course.exercises.chapter04 import align, check_draft, join, mtp_loss, speculate
+from minids.course.exercises.chapter04 import align, check_draft, import_projection, mtp_loss, speculate
 
 
-def join_with_one_norm(hidden, embedding, hidden_gain, embedding_gain, m):
-    both = F.rms_norm(torch.cat((hidden, embedding), -1), (2 * hidden.shape[1],), None, 1e-6)
-    return both * torch.cat((hidden_gain, embedding_gain)) @ m.T
+def apply_released(eh_proj, enorm, hnorm):
+    """Applies the projection to the gains in place of folding them in."""
+    return torch.cat((hnorm, enorm)) @ eh_proj.T
+
+
+def shared_reads(keep, sequences=8, per_sequence=False, layers=40):
+    """An experiment in which the second token keeps each expert of the first with probability `keep`."""
+
+    def measured(seed):
+        generator = torch.Generator().manual_seed(seed)
+        firsts = boths = 0
+        for _ in range(layers):
+            first, both = [], []
+            for _ in range(sequences):
+                order = torch.randperm(256, generator=generator).tolist()
+                first.append(set(order[:8]))
+                both.append(first[-1] | set(order[8 : 8 + int((torch.rand(8, generator=generator) >= keep).sum())]))
+            firsts += sum(map(len, first)) if per_sequence else len(set().union(*first))
+            boths += sum(map(len, both)) if per_sequence else len(set().union(*both))
+        return boths / firsts
+
+    return measured
 
 
 def loss_of_means(logits, tokens, mtp_weight):
@@ -141,27 +160,23 @@ WRONG = {
         ),
     ],
     "4.2": [
-        ("one norm, gains after it", join_with_one_norm, "one norm is taken over both vectors together"),
         (
-            "two mistakes: embedding first, LayerNorm",
-            lambda h, e, hg, eg, m: (
-                torch.cat((F.layer_norm(e, e.shape[1:], eg), F.layer_norm(h, h.shape[1:], hg)), -1) @ m.T
-            ),
-            "the embedding comes first and torch's layer_norm, with its eps=1e-5, stands in place",
+            "two mistakes: released order, gains exchanged",
+            lambda w, e, h: torch.cat((w[:, : len(h)] * h, w[:, len(h) :] * e), -1),
+            "the halves keep the released order and each half is scaled by the gain of the other norm",
+        ),
+        ("the halves of the rows", lambda w, e, h: w.roll(len(h) // 2, 0), "values differ"),
+        ("applied to the gains", apply_released, r"should have shape \(4, 8\), got \(4,\)"),
+        (
+            "gains of the whole",
+            lambda w, e, h: import_projection(w, (e + h) / 2, (e + h) / 2),
+            "the result: .*values differ",
         ),
         (
-            "two mistakes: embedding first, hidden state not normalised",
-            lambda h, e, hg, eg, m: torch.cat((F.rms_norm(e, e.shape[1:], eg, 1e-6), h * hg), -1) @ m.T,
-            "the embedding comes first and the hidden state is not normalised",
+            "in place",
+            lambda w, e, h: w.copy_(import_projection(w, e, h)),
+            "your code changed the argument `eh_proj`; return a new value instead",
         ),
-        (
-            "not multiplied by m",
-            lambda h, e, hg, eg, m: torch.cat((h, e), -1),
-            r"should have shape \(3, 4\), got \(3, 8\)",
-        ),
-        ("m not transposed", lambda h, e, hg, eg, m: torch.cat((h, e), -1) @ m, "your code raised RuntimeError"),
-        ("gains exchanged", lambda h, e, hg, eg, m: join(h, e, eg, hg, m), "values differ"),
-        ("the sum of the two", lambda h, e, hg, eg, m: join(h, e * 0, hg, eg, m), "values differ"),
     ],
     "4.3": [
         ("means", loss_of_means, "each depth is divided by its own number of labels"),
@@ -231,5 +246,12 @@ WRONG = {
         ("two drafts only", only_two_drafts, "it misses a bug; hint: count the first token"),
         ("too narrow a band", too_narrow_a_band, "it rejects the correct implementation"),
         ("too strict: a rejected draft", expects_the_drafts_back, "it rejects the correct implementation"),
+    ],
+    "4.8": [
+        ("independent tokens", shared_reads(0.0), "expected: a median between 1.38 and 1.45"),
+        ("the same experts", shared_reads(1.0), "expected: a median between 1.38 and 1.45"),
+        ("one sequence", shared_reads(0.5, sequences=1), "expected: a median between 1.38 and 1.45"),
+        ("per sequence, without overlap", shared_reads(0.5, per_sequence=True), "expected: a median between 1.38"),
+        ("not a number", lambda seed: None, "the function should return a float"),
     ],
 }
