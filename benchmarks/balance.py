@@ -1,11 +1,13 @@
 """Four ways to balance experts, side by side: the experiments behind chapters/03_moe.ipynb.
 
-    python benchmarks/balance.py                     everything: about ten minutes of one core
+    python benchmarks/balance.py                     everything: about fifteen minutes of one core
     python benchmarks/balance.py --only "sign bias"  one way, in place of what the results hold of it
 
 One small model (a dense layer, then a layer of 8 experts, 2 per token) is trained on the built-in text with each way
 and several seeds; a seed decides the first weights and the order of the text, the same for all ways. Then each way's
-strength is varied. Controls: the same model without a node limit, and a dense one that uses as many weights per token.
+strength is varied. Controls: the same model without a node limit, a dense one that uses as many weights per token, one
+with a ninth routed expert (and a third choice) in place of the shared one, and, without balancing, models whose router
+or whose routed experts keep their first weights.
 Results go to benchmarks/results/balance.json, with commands, seeds and versions.
 
 What is measured of each run, on the whole validation split: bits per byte; MaxVio of all its tokens ("global") and the
@@ -58,6 +60,8 @@ class Way:
     config: dict = field(default_factory=dict)
     speed: float = 0.0
     rule: Callable[[Tensor, Tensor, float], None] | None = None
+    frozen: str = ""
+    """Parameters whose name contains this keep their first values."""
 
 
 def auxiliary(times: float) -> Way:
@@ -71,7 +75,13 @@ def ways(sign_speed: float = 0.003, proportional_speed: float = 0.01) -> dict[st
         "sign bias": Way(speed=sign_speed),
         "proportional bias": Way(speed=proportional_speed, rule=proportional),
         "sign bias, no node limit": Way({"n_group": 1, "topk_group": 1}, sign_speed),
+        "sign bias, no shared expert": Way(
+            {"n_routed_experts": 9, "num_experts_per_tok": 3, "n_shared_experts": 0, "n_group": 1, "topk_group": 1},
+            sign_speed,
+        ),
         "dense": Way({"first_k_dense_replace": CONFIG.num_hidden_layers}),
+        "none, experts frozen": Way(frozen=".experts."),
+        "none, router frozen": Way(frozen=".router."),
         "sequence loss 0.1": Way({"aux_loss_alpha": 0.1}),
     }
     slower_and_faster = {f"sign bias {speed:g}": Way(speed=speed) for speed in (0.0003, 0.001, 0.01, 0.1)}
@@ -83,6 +93,9 @@ def measure(way: Way, seed: int, recipe: Recipe = RECIPE) -> dict:
     """Train one model and say how it ended, and, of a mixture, how its loads and biases came there."""
     torch.manual_seed(seed)
     model = MiniDS(CONFIG.replace(**way.config))
+    for name, parameter in model.named_parameters():
+        if way.frozen and way.frozen in name:
+            parameter.requires_grad_(False)
     trainer = Trainer(model, builtin_text(), replace(recipe, seed=seed, balance_speed=way.speed))
     update_as_packaged = model.update_balance_bias
     loads, biases = [], []
@@ -117,7 +130,7 @@ def judge(trainer: Trainer) -> dict[str, float]:
     verdict = {"bits_per_byte": bits_per_byte(model, batches, data.tokenizer.token_bytes())}
     if model.routers():
         experts = torch.cat([model(batch.tokens[:, :-1]).routings[0].experts for batch in batches])
-        loads = F.one_hot(experts.flatten(1), CONFIG.n_routed_experts).sum(1)
+        loads = F.one_hot(experts.flatten(1), model.config.n_routed_experts).sum(1)
         verdict["global_max_violation"] = max_violation(loads.sum(0)).item()
         verdict["sequence_max_violation"] = max_violation(loads).mean().item()
     return verdict
@@ -131,6 +144,7 @@ def store(name: str, way: Way, runs: list[dict]) -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "config": way.config,
         "speed": way.speed,
+        "frozen": way.frozen,
         "runs": rounded(runs),
     }
     ordered = {known: found["ways"][known] for known in ways() if known in found["ways"]}

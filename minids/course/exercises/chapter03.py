@@ -1,4 +1,4 @@
-"""Exercises of chapter 03: routing, node limits, dispatch, and the two ways to balance.
+"""Exercises of chapter 03: V2's gate, dispatch with a capacity, two balance losses, the bias at work, the whole gate.
 
 Gates are a table [tokens, experts] that is 0 where an expert was not chosen, so that the order in which top-k lists
 its choice does not matter. Beyond its arguments, the keywords of a reference change one step of it, for the known
@@ -6,14 +6,17 @@ mistakes and the planted bugs.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minids.course.checks import Bug, Function, SpotTheBug
+from minids.course.checks import Bug, Experiment, Function, OpenTask, SpotTheBug
+from minids.course.compare import Wrong, describe
 from minids.course.exercises.mistakes import Changes, variants
+from minids.course.observation import Observation
 
 
 def choose(biased: Float[Tensor, "tokens experts"], k: int) -> Float[Tensor, "tokens experts"]:
@@ -26,36 +29,14 @@ def weigh(values: Tensor, chosen: Tensor, by: str = "sum of the chosen") -> Tens
     if by == "softmax":
         return (values + torch.log(chosen)).softmax(-1)  # the logarithm is 0 for the chosen, -inf for the others
     kept = values * chosen
-    return kept / {"sum of the chosen": kept, "sum of all": values, "nothing": torch.ones_like(kept[:, :1])}[by].sum(
-        -1, keepdim=True
-    )
+    return kept / {"sum of the chosen": kept, "nothing": torch.ones_like(kept[:, :1])}[by].sum(-1, keepdim=True)
 
 
 def gate(
-    scores: Float[Tensor, "tokens experts"], bias: Float[Tensor, "experts"], k: int, scale: float, *,
-    biased_weights: bool = False, biased_choice: bool = True, by: str = "sum of the chosen", scaled: bool = True,
-) -> Float[Tensor, "tokens experts"]:  # fmt: skip
+    scores: Float[Tensor, "tokens experts"], bias: Float[Tensor, "experts"], k: int, scale: float
+) -> Float[Tensor, "tokens experts"]:
     """V3 eq. 13-16 without groups: choose by score plus bias, weigh by the score alone."""
-    chosen = choose(scores + bias * biased_choice, k)
-    return (scale if scaled else 1.0) * weigh(scores + bias * biased_weights, chosen, by)
-
-
-GATE_MISTAKES: Changes = {
-    "the bias also enters the weights": {"biased_weights": True},
-    "the bias takes no part in the choice": {"biased_choice": False},
-    "the chosen scores go through a softmax": {"by": "softmax"},
-    "the weights are divided by the sum over all experts": {"by": "sum of all"},
-    "the weights are not divided by their sum": {"by": "nothing"},
-    "the weights are not multiplied by `scale`": {"scaled": False},
-}
-
-
-def gate_examples(generator: torch.Generator) -> list[tuple]:
-    def one(tokens, experts, k, scale, width):
-        scores = torch.randn(tokens, experts, generator=generator).sigmoid()
-        return scores, width * torch.randn(experts, generator=generator), k, scale
-
-    return [one(4, 6, 2, 2.5, 0.3), one(1, 5, 3, 1.0, 0.5), one(7, 3, 1, 2.0, 0.4), one(5, 16, 4, 2.5, 0.2)]
+    return scale * weigh(scores, choose(scores + bias, k))
 
 
 def group_rank(scores: Float[Tensor, "tokens experts"], groups: int, best: int) -> Float[Tensor, "tokens groups"]:
@@ -74,99 +55,82 @@ def fill_outside(
 
 def limit_groups(
     scores: Float[Tensor, "tokens experts"], groups: int, kept: int, *,
-    fill: float = -torch.inf, best: Callable[[int], int] = lambda size: 2, interleaved: bool = False,
-    worst: bool = False,
+    fill: float = -torch.inf, best: int = 2,
 ) -> Float[Tensor, "tokens experts"]:  # fmt: skip
     """V3: groups are ranked by the sum of their two best, and what lies outside the best `kept` is -inf."""
-    size = scores.shape[-1] // groups
-    if interleaved:
-        scores = scores.unflatten(-1, (size, groups)).mT.flatten(-2)
-    rank = group_rank(scores, groups, best(size))
-    limited = fill_outside(scores, -rank if worst else rank, kept, fill)
-    return limited.unflatten(-1, (groups, size)).mT.flatten(-2) if interleaved else limited
+    return fill_outside(scores, group_rank(scores, groups, best), kept, fill)
 
 
-GROUP_MISTAKES: Changes = {
-    "the dropped groups are filled with 0": {"fill": 0.0},
-    "a group is ranked by its single best score, as in V2": {"best": lambda size: 1},
-    "a group is ranked by the sum of all its scores": {"best": lambda size: size},
-    "expert i is put into group i % groups": {"interleaved": True},
-    "the lowest groups are kept instead of the best": {"worst": True},
+def gate_v2(
+    logits: Float[Tensor, "tokens experts"], k: int, groups: int, kept: int, scale: float, *,
+    affinity: str = "softmax", best: int = 1, by: str = "nothing", limited: bool = True, scaled: bool = True,
+) -> Float[Tensor, "tokens experts"]:  # fmt: skip
+    """V2's gate: softmax over all experts, groups ranked by their best expert, gate weights that are not normalised."""
+    scores = logits.sigmoid() if affinity == "sigmoid" else logits.softmax(-1)
+    rank = group_rank(scores, groups, best)
+    chosen = choose(fill_outside(scores, rank, kept if limited else groups, -torch.inf), k)
+    if affinity == "softmax of the kept":
+        scores = fill_outside(logits, rank, kept, -torch.inf).softmax(-1)
+    return (scale if scaled else 1.0) * weigh(scores, chosen, by)
+
+
+V2_MISTAKES: Changes = {
+    "the affinities are sigmoids, as in V3": {"affinity": "sigmoid"},
+    "a group is ranked by the sum of its two best, as in V3": {"best": 2},
+    "a token's gate weights are divided by their sum, as in V3": {"by": "sum of the chosen"},
+    "the softmax is taken over the kept groups only": {"affinity": "softmax of the kept", "by": "nothing"},
+    "a token may use experts of all groups": {"limited": False, "best": 1, "affinity": "softmax"},
+    "the gate weights are not multiplied by `scale`": {"scaled": False},
 }
 
 
-def group_examples(generator: torch.Generator) -> list[tuple]:
-    def one(tokens, experts, groups, kept, shift):
-        return torch.rand(tokens, experts, generator=generator) + shift, groups, kept
+def v2_examples(generator: torch.Generator) -> list[tuple]:
+    def one(tokens, experts, k, groups, kept, scale):
+        return 2 * torch.randn(tokens, experts, generator=generator), k, groups, kept, scale
 
-    return [one(4, 8, 2, 1, -0.5), one(3, 12, 4, 2, 0.0), one(6, 12, 3, 1, -0.9), one(2, 32, 8, 4, -0.3)]
-
-
-def dispatch(
-    experts: Int[Tensor, "tokens k"], count: int, *,
-    name: Callable[[Tensor, Tensor], Tensor] = lambda order, experts: order // experts.shape[1],
-    idle: bool = True, choices: int | None = None, by_expert: bool = True,
-) -> tuple[Int[Tensor, "rows"], Int[Tensor, "experts"]]:  # fmt: skip
-    """The tokens that expert 0 processes, then those of expert 1, ..., and how many each one processes."""
-    experts = experts[:, :choices]
-    order = experts.flatten().argsort(stable=True) if by_expert else torch.arange(experts.numel())
-    return name(order, experts), torch.bincount(experts.flatten(), minlength=count * idle)
+    return [one(4, 8, 2, 4, 2, 16.0), one(6, 12, 3, 3, 1, 1.5), one(3, 24, 6, 8, 3, 16.0), one(8, 12, 3, 4, 2, 2.0)]
 
 
-DISPATCH_MISTAKES: Changes = {
-    "the rows are places in the flattened table, not tokens": {"name": lambda order, experts: order},
-    "the places in the flattened table are taken modulo k": {"name": lambda order, experts: order % experts.shape[1]},
-    "the rows are the experts themselves, sorted": {"name": lambda order, experts: experts.flatten()[order]},
-    "an expert that no token chose has no entry in the load": {"idle": False},
-    "only the first choice of each token is sent": {"choices": 1, "name": lambda order, experts: order},
-    "the rows are sorted by token, not by expert": {
-        "by_expert": False,
-        "name": lambda order, experts: order // experts.shape[1],
-    },
+def slots(
+    experts: Int[Tensor, "tokens k"], affinity: Float[Tensor, "tokens k"], count: int, capacity: int, *,
+    order: str = "highest", empty: int = -1, places: bool = False, choices: int | None = None,
+) -> Int[Tensor, "count capacity"]:  # fmt: skip
+    """The tokens in each expert's slots, highest affinity first; what exceeds the capacity is dropped."""
+    table = torch.full((count, capacity), empty)
+    token = torch.arange(experts.numel()).view_as(experts) if places else torch.arange(len(experts))[:, None]
+    token, experts, affinity = (t[:, :choices] for t in (token.expand_as(experts), experts, affinity))
+    for expert in range(count):
+        here = experts == expert
+        best = affinity[here].argsort(descending=order != "lowest")
+        mine = (token[here] if order == "first" else token[here][best])[:capacity]
+        table[expert, : len(mine)] = mine.sort().values if order == "sorted" else mine
+    return table
+
+
+SLOTS_MISTAKES: Changes = {
+    "the first tokens of the batch keep their slots, whatever their affinity": {"order": "first"},
+    "the tokens of lowest affinity keep their slots": {"order": "lowest"},
+    "an expert's tokens are in rising order, not by affinity": {"order": "sorted"},
+    "an empty slot holds 0, which is also a token": {"empty": 0},
+    "the slots hold places in the flattened table, not tokens": {"places": True, "choices": None},
+    "only the first choice of each token is dispatched": {"choices": 1},
 }
 
 
-def dispatch_examples(generator: torch.Generator) -> list[tuple]:
-    def one(tokens, k, count, used):
-        return torch.rand(tokens, used, generator=generator).argsort(-1)[:, :k], count
+def slots_examples(generator: torch.Generator) -> list[tuple]:
+    def one(tokens, k, count, capacity, used):
+        experts = torch.rand(tokens, used, generator=generator).argsort(-1)[:, :k]
+        return experts, torch.rand(tokens, k, generator=generator), count, capacity
 
-    return [one(3, 2, 4, 3), one(1, 3, 8, 8), one(9, 2, 5, 4), one(20, 4, 16, 12)]
-
-
-def together(loads: Int[Tensor, "micro experts"]) -> Int[Tensor, "1 experts"]:
-    return loads.sum(0, keepdim=True)
+    return [one(5, 2, 4, 2, 3), one(3, 1, 4, 2, 4), one(12, 3, 8, 4, 5), one(30, 4, 16, 2, 12)]
 
 
 def balance_bias(
-    bias: Float[Tensor, "experts"], loads: Int[Tensor, "micro experts"], speed: float, *,
-    direction: int = 1, step: Callable[[Tensor], Tensor] = lambda load: torch.sign(load.mean() - load),
-    parts: Callable[[Tensor], Tensor] = together,
-) -> Float[Tensor, "experts"]:  # fmt: skip
+    bias: Float[Tensor, "experts"], loads: Int[Tensor, "micro experts"], speed: float
+) -> Float[Tensor, "experts"]:
     """One update after an optimizer step, from the loads of its micro-batches together (V3 section 2.1.2)."""
-    return bias + direction * speed * sum(step(load.float()) for load in parts(loads))
-
-
-BALANCE_MISTAKES: Changes = {
-    "the bias moves once per micro-batch": {"parts": lambda loads: loads},
-    "only the last micro-batch is counted": {"parts": lambda loads: loads[-1:]},
-    "busy experts are made more attractive": {"direction": -1},
-    "the step is in proportion to the error": {"step": lambda load: (load.mean() - load) / load.mean()},
-    "the step is the error itself": {"step": lambda load: load.mean() - load, "parts": together},
-    "an expert exactly at the mean also moves up": {"step": lambda load: 2.0 * (load <= load.mean()) - 1},
-    "the mean is rounded down to a whole number": {"step": lambda load: torch.sign(load.mean().floor() - load)},
-    "the loads are compared with their median": {"step": lambda load: torch.sign(load.quantile(0.5) - load)},
-}
-
-
-def balance_examples(generator: torch.Generator) -> list[tuple]:
-    def one(micro, experts, most, speed):
-        loads = torch.randint(0, most, (micro, experts), generator=generator)
-        return torch.randn(experts, generator=generator), loads, speed
-
-    level = torch.tensor([[3, 1, 2, 2], [1, 3, 2, 2]])
-    near = torch.tensor([[1, 1, 1, 1], [2, 1, 1, 2]])  # between whole numbers, which the mean is not
-    examples = [one(3, 6, 9, 0.1), one(4, 5, 20, 0.01), (torch.zeros(4), level, 0.5), one(2, 16, 50, 0.001)]
-    return [*examples, (torch.zeros(4), near, 0.5)]
+    load = loads.sum(0).float()
+    return bias + speed * torch.sign(load.mean() - load)
 
 
 def frequency(scores: Float[Tensor, "tokens experts"], k: int) -> Float[Tensor, "experts"]:
@@ -186,8 +150,13 @@ def sequence_loss(
     return (f * (p if gradient else p.detach())).sum(-1).mean()
 
 
+def batch_loss(scores: Float[Tensor, "batch seq experts"], k: int, **changes: object) -> Float[Tensor, ""]:
+    """The batch-wise balance loss of V3's ablation, without its factor: f and P are counted over the whole batch."""
+    return sequence_loss(scores, k, **{"whole_batch": True, **changes})  # type: ignore[arg-type]
+
+
 LOSS_MISTAKES: Changes = {
-    "the whole batch is taken as one sequence": {"whole_batch": True},
+    "each sequence is balanced by itself, as in V3's own loss": {"whole_batch": False},
     "P is a softmax of the logits": {"share": lambda scores: scores.logit().softmax(-1)},
     "P is a softmax of the scores": {"share": lambda scores: scores.softmax(-1)},
     "the scores of a token are not divided by their sum": {"share": lambda scores: scores},
@@ -205,6 +174,46 @@ def loss_examples(generator: torch.Generator) -> list[tuple]:
     return [one(2, 5, 4, 2), one(3, 8, 6, 1), one(4, 3, 9, 4)]
 
 
+@dataclass(frozen=True)
+class Design(Function):
+    """An exercise to make an input with a property; `objection` says what is wrong with a result, or None."""
+
+    objection: Callable[..., str | None] = lambda result, *arguments: None
+
+    def _compare(self, seen: Observation, arguments: tuple) -> None:
+        wrong = self.objection(seen.result, *arguments)
+        if wrong:
+            raise Wrong(wrong)
+
+
+def disagree(experts: int, k: int, tokens: int, *, own: bool = True, even: bool = False, rest: float = 0.001) -> Tensor:
+    """Scores of experts / k sequences, each of which uses k experts of its own: the batch is even, no sequence is."""
+    sequence, token = torch.arange(experts // k)[:, None], torch.arange(tokens)
+    first = (sequence if own else 0) + (token if even else 0) + 0 * (sequence + token)
+    used = (first[..., None] * k + torch.arange(k)) % experts
+    return torch.full((experts // k, tokens, experts), rest).scatter(-1, used, 0.9)
+
+
+def agreement(scores: object, experts: int, k: int, tokens: int) -> str | None:
+    shape = (experts // k, tokens, experts)
+    if not isinstance(scores, Tensor) or scores.shape != shape:
+        return f"the scores should be a tensor of shape {shape}, got {describe(scores)}"
+    if not scores.is_floating_point() or not ((scores > 0) & (scores < 1)).all():
+        return "every score should lie between 0 and 1, without them: sigmoids never reach either"
+    load = choose(scores.flatten(0, 1), k).sum(0)
+    if (load != load.mean()).any():
+        return f"the loads of the whole batch are {load.int().tolist()}: the bias would move"
+    loss, wanted = sequence_loss(scores, k).item(), 0.9 * experts / k
+    return None if loss >= wanted else f"the sequence-wise loss is {loss:.2f}; it should be at least {wanted:.2f}"
+
+
+DESIGN_MISTAKES: Changes = {
+    "all sequences use the same experts": {"own": False},
+    "the tokens of a sequence use different experts, so that each sequence is even too": {"even": True},
+    "the other affinities are 0.5, so that P is nearly even": {"rest": 0.5},
+}
+
+
 def route(scores, bias, k, groups, kept, scale, *, limit=limit_groups, biased_weights=False, by="sum of the chosen"):
     """The whole of V3's gate: groups, then experts, by biased score; weights from the scores alone."""
     return scale * weigh(scores + bias * biased_weights, choose(limit(scores + bias, groups, kept), k), by)
@@ -216,59 +225,63 @@ def route_unscaled(scores, bias, k, groups, kept, scale):
 
 EXERCISES = [
     Function(
-        "3.1", "gate", gate, gate_examples,
-        mistakes=variants(gate, GATE_MISTAKES),
+        "3.1", "gate_v2", gate_v2, v2_examples,
+        mistakes=variants(gate_v2, V2_MISTAKES),
         hints=(
-            "the bias decides which experts a token uses, and nothing else; which steps see it?",
-            "two tables: scores + bias for topk only; the scores without bias, kept at the chosen places (scatter), "
-            "divided by their sum per token, times scale",
+            "section 5.2 lists what differs from V3's gate: the affinity, the rank of a group, and what happens to the "
+            "chosen affinities",
+            "logits.softmax(-1) over all experts; unflatten(-1, (groups, -1)).amax(-1) ranks the groups; -inf outside "
+            "the best `kept`; then topk, and the softmax values at the chosen places times scale, not divided",
         ),
-        section="chapter 03, sections 2.3 to 2.5: gate weights, the bias",
+        section="chapter 03, sections 2.3, 2.6 and 5.2: gate weights, groups, what changed from V2",
         points=2,
     ),
     Function(
-        "3.2", "limit_groups", limit_groups, group_examples,
-        mistakes=variants(limit_groups, GROUP_MISTAKES),
+        "3.2", "slots", slots, slots_examples,
+        mistakes=variants(slots, SLOTS_MISTAKES),
         hints=(
-            "first one value per group, then the best groups, then a mask over experts; which shapes have these three?",
-            "scores.unflatten(-1, (groups, -1)) puts the experts of a group side by side; topk(2).values.sum(-1) ranks "
-            "the groups; -inf, not 0, because a biased score may be negative",
+            "one expert at a time: which places of the table have chosen it, and which of these have the highest "
+            "affinity?",
+            "here = experts == i; tokens = here.nonzero()[:, 0]; affinity[here] is in the same order; argsort it with "
+            "descending=True, keep the first `capacity`, and write them into a table filled with -1",
         ),
-        section="chapter 03, sections 2.6 and 2.7: the node limit",
+        section="chapter 03, section 4.6: capacity and dropped tokens",
         points=2,
     ),
     Function(
-        "3.3", "dispatch", dispatch, dispatch_examples,
-        mistakes=variants(dispatch, DISPATCH_MISTAKES),
+        "3.3", "batch_loss", batch_loss, loss_examples,
+        mistakes=variants(batch_loss, LOSS_MISTAKES),
         hints=(
-            "sorting the flattened table by expert gives the order of its places; a place is not yet a token",
-            "argsort with stable=True; place p of the flattened table is of token p // k; bincount has a minlength",
+            "f and P are vectors over experts: f averages to 1, P sums to 1. Over which tokens are they counted here, "
+            "and through which one does the gradient flow?",
+            "flatten batch and sequence first. f: count the topk choices (F.one_hot), mean over tokens times N / k; "
+            "P: scores / scores.sum(-1, keepdim=True), the mean over tokens, not detached; then the sum of f * P",
         ),
-        section="chapter 03, section 3: dispatch",
-        points=2, outputs=("the rows", "the load"),
-    ),
-    Function(
-        "3.4", "balance_bias", balance_bias, balance_examples,
-        mistakes=variants(balance_bias, BALANCE_MISTAKES),
-        hints=(
-            "one load per expert for the whole step first; only the side of the mean on which it lies counts",
-            "loads are integers, of which torch takes no mean: load = loads.sum(0).float(); then the sign of "
-            "load.mean() - load",
-        ),
-        section="chapter 03, sections 2.4 and 3: the bias",
-    ),
-    Function(
-        "3.5", "sequence_loss", sequence_loss, loss_examples,
-        mistakes=variants(sequence_loss, LOSS_MISTAKES),
-        hints=(
-            "for one sequence, f and P are vectors over experts: f averages to 1, P sums to 1. Through which one does "
-            "the gradient flow?",
-            "f: count the topk choices (F.one_hot), the mean over tokens times N / k; P: scores / scores.sum(-1, "
-            "keepdim=True), the mean over tokens, not detached; sum f * P over experts, then the mean over sequences",
-        ),
-        section="chapter 03, section 3.1: the sequence-wise loss",
-        points=3,
+        section="chapter 03, sections 3.1 and 5.3: balance losses, the published control",
+        points=2,
         gradients=("scores",),
+    ),
+    Design(
+        "3.4", "disagree", disagree, lambda generator: [(8, 2, 5), (6, 3, 4), (12, 1, 3), (16, 4, 7)],
+        mistakes=variants(disagree, DESIGN_MISTAKES),
+        hints=(
+            "section 3.1 has such a batch of two sequences for N = 4 and k = 2; what would N / k sequences do?",
+            "sequence i uses experts i k to i k + k - 1 for all its tokens, with a high affinity; the other affinities "
+            "have to be small for P to be uneven",
+        ),
+        section="chapter 03, section 3.1: the balance loss",
+        points=2,
+        objection=agreement,
+    ),
+    Experiment(
+        "3.5", "updates_until_balanced", "updates until MaxVio is below 0.1", 100, 135,
+        hints=(
+            "choose by affinity plus bias, count, compare MaxVio with 0.1, and only then update; the tokens stay the "
+            "same",
+            "chosen = (affinity + bias).topk(4).indices; load = torch.bincount(chosen.flatten(), minlength=64).float()"
+            "; bias = bias + 0.002 * (load.mean() - load).sign(); count the updates",
+        ),
+        section="chapter 03, sections 2.4 and 4.7: the bias and its speed",
     ),
     SpotTheBug(
         "3.6", "test_route", route,
@@ -279,7 +292,7 @@ EXERCISES = [
                 "what if all biased scores are negative?",
             ),
             Bug(
-                "groups are ranked by their best expert", partial(route, limit=partial(limit_groups, best=lambda n: 1)),
+                "groups are ranked by their best expert", partial(route, limit=partial(limit_groups, best=1)),
                 "a group with one very good expert against a group with two good ones",
             ),
             Bug("the chosen scores go through a softmax", partial(route, by="softmax"), "compute one token by hand"),
@@ -291,5 +304,20 @@ EXERCISES = [
             "is kept, with the same bias for all experts: 0, 0.5 and -2",
         ),
         section="chapter 03, sections 2.3 to 2.7: the whole gate",
+    ),
+    OpenTask(
+        "3.7", "fine_or_coarse",
+        (
+            "weights kept and weights used per token are equal in both layers, and printed",
+            "it says before the run why the task should need combinations of experts",
+            "at least three seeds, with their spread, and a dense control",
+            "it says what the result does not show",
+        ),
+        hints=(
+            "a random fact has nothing in common with another; what if an answer had several parts, each of which many "
+            "facts share?",
+            "a key made of four parts with 16 values each, and an answer that is a function of each part alone",
+        ),
+        section="chapter 03, sections 2.1 and 4.1: fine-grained experts, random facts",
     ),
 ]  # fmt: skip

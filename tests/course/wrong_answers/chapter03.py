@@ -1,73 +1,82 @@
 """Wrong answers to the exercises of chapter 03."""
 
 import torch
-import torch.nn.functional as F
 
-from minids.course.exercises.chapter03 import balance_bias, dispatch, gate, limit_groups, sequence_loss
-
-
-def gate_by_threshold(scores, bias, k, scale):
-    biased = scores + bias
-    kept = scores * (biased > biased.topk(k).values[:, -1:])
-    return scale * kept / kept.sum(-1, keepdim=True)
+from minids.course.exercises.chapter03 import batch_loss, disagree, gate_v2, sequence_loss, slots
 
 
-def gate_of_chosen_only(scores, bias, k, scale):
-    chosen = scores.gather(-1, (scores + bias).topk(k).indices)
-    return scale * chosen / chosen.sum(-1, keepdim=True)
+def gate_of_chosen_only(logits, k, groups, kept, scale):
+    affinity = logits.softmax(-1)
+    return scale * affinity.topk(k).values
 
 
-def groups_of_all_tokens(scores, groups, kept):
+def gate_with_groups_of_all_tokens(logits, k, groups, kept, scale):
     """The groups are chosen once for all tokens."""
-    rank = scores.unflatten(-1, (groups, -1)).topk(2).values.sum(-1)
-    outside = torch.full_like(rank, -torch.inf)
-    outside[:, rank.sum(0).topk(kept).indices] = 0
-    return (scores.unflatten(-1, (groups, -1)) + outside[..., None]).flatten(-2)
+    affinity = logits.softmax(-1).unflatten(-1, (groups, -1))
+    outside = torch.full((groups,), -torch.inf)
+    outside[affinity.amax(-1).sum(0).topk(kept).indices] = 0
+    chosen = (affinity + outside[:, None]).flatten(-2).topk(k).indices
+    affinity = affinity.flatten(-2)
+    return scale * torch.zeros_like(affinity).scatter(-1, chosen, affinity.gather(-1, chosen))
 
 
-def limit_groups_in_place(scores, groups, kept):
-    scores[:] = limit_groups(scores, groups, kept)
-    return scores
+def gate_in_place(logits, k, groups, kept, scale):
+    gates = gate_v2(logits, k, groups, kept, scale)
+    logits -= logits.amax(-1, keepdim=True)
+    return gates
 
 
-def dispatch_by_loop(experts, count):
-    rows = [token for expert in range(count) for token, chosen in enumerate(experts.tolist()) if expert in chosen]
-    return rows, torch.bincount(experts.flatten(), minlength=count).tolist()
+def gate_over_tokens(logits, k, groups, kept, scale):
+    affinity = logits.softmax(0)
+    return scale * affinity * (gate_v2(logits, k, groups, kept, scale) > 0)
 
 
-def balance_in_place(bias, loads, speed):
-    load = loads.sum(0).float()
-    bias += speed * (load.mean() - load).sign()
-    return bias
+def slots_of_dropped_tokens_elsewhere(experts, affinity, count, capacity):
+    """A dropped token takes an empty slot of another expert."""
+    table = slots(experts, affinity, count, capacity)
+    left = sorted(set(range(len(experts))) - set(table.flatten().tolist()))
+    for place in (table == -1).nonzero().tolist()[: len(left)]:
+        table[tuple(place)] = left.pop(0)
+    return table if (table != slots(experts, affinity, count, capacity)).any() else table + 1
 
 
-def balance_with_integer_mean(bias, loads, speed):
-    load = loads.sum(0)
-    return bias + speed * (load.sum() // len(load) - load).sign()
-
-
-def balance_by_mean_of_integers(bias, loads, speed):
-    load = loads.sum(0)
-    return bias + speed * (load.mean() - load).sign()
+def slots_as_lists(*given):
+    return [[token for token in row if token >= 0] for row in slots(*given).tolist()]
 
 
 def loss_as_float(scores, k):
-    return sequence_loss(scores, k).item()
-
-
-def loss_by_tensor_of_items(scores, k):
-    return torch.tensor([sequence_loss(one[None], k).item() for one in scores]).mean()
+    return batch_loss(scores, k).item()
 
 
 def loss_without_graph(scores, k):
     with torch.no_grad():
-        return sequence_loss(scores, k)
+        return batch_loss(scores, k)
 
 
 def loss_with_all_detached_but_the_sum(scores, k):
-    p = (scores.detach() / scores.sum(-1, keepdim=True)).mean(1)
-    f = F.one_hot(scores.topk(k).indices, scores.shape[-1]).sum(-2).float().mean(1) * scores.shape[-1] / k
-    return (f * p).sum(-1).mean()
+    scores = scores.flatten(0, 1)
+    p = (scores.detach() / scores.sum(-1, keepdim=True)).mean(0)
+    chosen = torch.zeros_like(scores).scatter(-1, scores.topk(k).indices, 1.0)
+    return (chosen.mean(0) * scores.shape[-1] / k * p).sum()
+
+
+def disagree_at_random(experts, k, tokens):
+    return torch.rand(experts // k, tokens, experts, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+
+
+def disagree_with_reached_bounds(experts, k, tokens):
+    return disagree(experts, k, tokens).round()
+
+
+def updates(seed, speed=0.002, k=4, biased=True, direction=1, step=torch.sign):
+    torch.manual_seed(seed)
+    affinity, bias = (torch.randn(2048, 64) + torch.randn(64)).sigmoid(), torch.zeros(64)
+    for number in range(200):
+        load = torch.bincount((affinity + bias * biased).topk(k).indices.flatten(), minlength=64).float()
+        if load.max() / load.mean() - 1 < 0.1:
+            return float(number)
+        bias = bias + direction * speed * step((load.mean() - load) / load.mean())
+    return 400.0
 
 
 def only_random_shapes(route):
@@ -96,69 +105,32 @@ def by_hand_without_bias(route):
 
 WRONG = {
     "3.1": [
-        ("a threshold that drops the last expert", gate_by_threshold, r"\[0, \d\]: got"),
-        ("the chosen weights only", gate_of_chosen_only, r"should have shape \(4, 6\), got \(4, 2\)"),
-        ("no scale", lambda s, b, k, scale: gate(s, b, k, 1.0), "the weights are not multiplied by `scale`"),
+        ("the chosen weights only", gate_of_chosen_only, r"should have shape \(4, 8\), got \(4, 2\)"),
+        ("one choice for all tokens", gate_with_groups_of_all_tokens, "values differ"),
+        ("in place", gate_in_place, "your code changed the argument `logits`; return a new value instead"),
+        ("softmax over tokens", gate_over_tokens, "values differ"),
         (
-            "two mistakes: bias in the weights, no scale",
-            lambda *a: gate(*a, biased_weights=True, scaled=False),
-            "the bias also enters the weights and the weights are not multiplied by `scale`",
+            "two mistakes: V3's affinity and V3's division",
+            lambda *a: gate_v2(*a, affinity="sigmoid", by="sum of the chosen"),
+            "the affinities are sigmoids, as in V3 and a token's gate weights are divided by their sum",
         ),
-        ("one expert more", lambda s, b, k, scale: gate(s, b, min(k + 1, s.shape[1]), scale), "values differ"),
-        ("a list", lambda *a: gate(*a).tolist(), "the result should be a tensor"),
-        (
-            "in place",
-            lambda s, b, k, scale: gate(s.add_(b).sub_(b * 1.01), b, k, scale),
-            "changed the argument `scores`",
-        ),
+        ("one expert more", lambda x, k, g, kept, scale: gate_v2(x, min(k + 1, 4), g, kept, scale), "values differ"),
+        ("a list", lambda *a: gate_v2(*a).tolist(), "the result should be a tensor"),
     ],
     "3.2": [
-        ("one choice for all tokens", groups_of_all_tokens, "example 1 of 4.*\n.*values differ"),
-        ("in place", limit_groups_in_place, "your code changed the argument `scores`; return a new value instead"),
-        ("a mask", lambda *a: limit_groups(*a).isfinite(), "should be of torch.float32, got torch.bool"),
-        ("one group more", lambda s, g, kept: limit_groups(s, g, kept + 1), "values differ"),
+        ("lists", slots_as_lists, "the result should be a tensor, got"),
+        ("int32", lambda *a: slots(*a).int(), "should be of torch.int64, got torch.int32"),
+        ("other experts take what is dropped", slots_of_dropped_tokens_elsewhere, "values? differ"),
+        ("a slot more", lambda e, a, n, c: slots(e, a, n, c + 1), r"should have shape \(4, 2\), got \(4, 3\)"),
+        ("tokens from 1", lambda *a: slots(*a) + 1, "values differ"),
         (
-            "two mistakes: filled with 0, ranked by the best",
-            lambda *a: limit_groups(*a, fill=0.0, best=lambda size: 1),
-            "the dropped groups are filled with 0 and a group is ranked by its single best score",
+            "two mistakes: first come, and 0 for empty",
+            lambda *a: slots(*a, order="first", empty=0),
+            "first tokens of the batch keep their slots, whatever their affinity and an empty slot holds 0",
         ),
-        ("a large negative number", lambda *a: limit_groups(*a, fill=-1e9), "got -1e.09, expected -inf"),
     ],
     "3.3": [
-        ("lists", dispatch_by_loop, "the rows should be a tensor, got"),
-        (
-            "int32",
-            lambda *a: tuple(x.int() for x in dispatch(*a)),
-            "the rows should be of torch.int64, got torch.int32",
-        ),
-        ("the load only", lambda *a: dispatch(*a)[1], "should be a tuple of 2: the rows, the load"),
-        (
-            "two mistakes: places, no idle experts",
-            lambda *a: dispatch(*a, name=lambda order, experts: order, idle=False),
-            "not tokens and an expert that no token chose has no entry in the load",
-        ),
-        ("tokens from 1", lambda *a: (dispatch(*a)[0] + 1, dispatch(*a)[1]), "the rows: 6 of 6 values differ"),
-        (
-            "latest first",
-            lambda e, c: (len(e) - 1 - dispatch(e.flip(0), c)[0], dispatch(e, c)[1]),
-            "the rows: .*differ",
-        ),
-    ],
-    "3.4": [
-        ("in place", balance_in_place, "your code changed the argument `bias`; return a new value instead"),
-        ("a mean of integers", balance_by_mean_of_integers, "your code raised RuntimeError: mean"),
-        ("an integer mean", balance_with_integer_mean, "the mean is rounded down to a whole number"),
-        (
-            "two mistakes: last micro-batch, wrong direction",
-            lambda *a: balance_bias(*a, parts=lambda loads: loads[-1:], direction=-1),
-            "only the last micro-batch is counted and busy experts are made more attractive",
-        ),
-        ("the step only", lambda bias, *a: balance_bias(bias, *a) - bias, "the result: .*values differ"),
-        ("a row per micro-batch", lambda b, loads, s: balance_bias(b, loads, s).expand(len(loads), -1), "have shape"),
-    ],
-    "3.5": [
         ("a float", loss_as_float, "the result should be a tensor, got 1"),
-        ("a tensor made of floats", loss_by_tensor_of_items, "the gradient of the result with respect to `scores`"),
         ("no_grad", loss_without_graph, "P is detached, so that the loss has no gradient"),
         (
             "numerator detached",
@@ -166,12 +138,35 @@ WRONG = {
             "the gradient of the result with respect to `scores`",
         ),
         (
-            "two mistakes: whole batch, detached",
-            lambda *a: sequence_loss(*a, whole_batch=True, gradient=False),
-            "the whole batch is taken as one sequence and P is detached",
+            "two mistakes: each sequence, detached",
+            lambda *a: sequence_loss(*a, gradient=False),
+            "each sequence is balanced by itself, as in V3's own loss and P is detached",
         ),
         ("a loss per sequence", lambda s, k: torch.stack([sequence_loss(o[None], k) for o in s]), "should have shape"),
-        ("N for N / k, summed over tokens", lambda s, k: sequence_loss(s, k) * k * s.shape[1], "the result: got"),
+        ("N for N / k, summed over tokens", lambda s, k: batch_loss(s, k) * k * s.shape[1], "the result: got"),
+    ],
+    "3.4": [
+        ("random affinities", disagree_at_random, "the loads of the whole batch are .*: the bias would move"),
+        ("affinities of 0 and 1", disagree_with_reached_bounds, "should lie between 0 and 1, without them"),
+        (
+            "one table for all sequences",
+            lambda n, k, t: disagree(n, k, t)[0],
+            r"should be a tensor of shape \(4, 5, 8\)",
+        ),
+        (
+            "too weak",
+            lambda n, k, t: disagree(n, k, t, rest=0.1),
+            "the sequence-wise loss is .*; it should be at least",
+        ),
+        ("a list", lambda *a: disagree(*a).tolist(), "should be a tensor of shape"),
+        ("integers", lambda *a: disagree(*a).round().long(), "should lie between 0 and 1"),
+    ],
+    "3.5": [
+        ("a slower speed", lambda seed: updates(seed, speed=0.0015), "expected: a median between 100 and 135"),
+        ("the choice without the bias", lambda seed: updates(seed, biased=False), "median 400"),
+        ("the wrong direction", lambda seed: updates(seed, direction=-1), "median 400"),
+        ("the error in place of its sign", lambda seed: updates(seed, step=lambda error: error), "median 1[5-9]"),
+        ("not a number", lambda seed: torch.tensor([updates(seed)]), "should return a float, got"),
     ],
     "3.6": [
         ("shapes only", only_random_shapes, "it accepts everything so far"),
