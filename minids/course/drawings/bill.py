@@ -29,11 +29,11 @@ def bill(config: ModelConfig | None = None, tokens: float = 14.8e12, seq_len: in
     d.box("config", 1.75, 5.7, "config", f"{c.num_hidden_layers} layers of {shape(c.hidden_size)}", "tensor", 2.4)
     d.box("total", 5.15, 5.7, f"{cost.num_parameters(c) / 1e9:.2f}B", "stored", "weight", 2.4)
     d.box("active", 8.55, 5.7, f"{cost.num_parameters(c, active=True) / 1e9:.2f}B", "active per token", "weight", 2.6)
-    d.box("multiplied", 11.95, 5.7, f"{cost.matmul_parameters(c) / 1e9:.2f}B", "multiplied", "weight", 2.4)
-    d.box("flops", 15.35, 5.7, f"{flops / 1e9:.0f} GFLOP", "per token", "tensor", 2.6)
-    d.box("work", 15.35, 3.1, f"${done:.2f} \\cdot 10^{{{power}}}$ FLOP", "the whole run", "tensor", 2.9)
-    share = f"{done:.2f} / {at_peak / 10**power:.2f}"
-    d.box("utilisation", 9.9, 3.1, f"utilisation {utilisation:.0%}", share, "here", 3.0)
+    d.box("multiplied", 11.95, 5.7, f"{cost.matmul_parameters(c) / 1e9:.2f}B", "N, multiplied", "weight", 2.4)
+    d.box("flops", 15.35, 5.7, f"{flops / 1e9:.0f} GFLOP a token", "6 N + attention", "tensor", 3.0)
+    d.box("work", 15.35, 3.1, f"${done:.2f} \\cdot 10^{{{power}}}$ FLOP", "pre-training", "tensor", 2.9)
+    share = f"{done:.2f} of {at_peak / 10**power:.2f} e{power} FLOP"
+    d.box("utilisation", 9.9, 3.1, f"utilisation {utilisation:.0%}", share, "here", 3.6)
     d.box("hours", 2.85, 3.1, f"{hours:,.0f} GPU-hours", "pre-training", "tensor", 4.4)
     d.box("all hours", 2.85, 0.9, f"{all_hours:,.0f} GPU-hours", "all stages", "tensor", 4.4)
     d.box("price", 9.9, 0.9, f"× USD {usd:g} per hour", "assumed", "idle", 3.0)

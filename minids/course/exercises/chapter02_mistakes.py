@@ -4,7 +4,6 @@ A dictionary maps the description of a mistake to the keywords with which the re
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,13 @@ from minids.course.exercises.mistakes import Changes
 from minids.model.mla import LATENT_NORM_EPS
 from minids.model.rope import rotate
 
-# 2.1 The cache entry ------------------------------------------------------------------------------------------------
+# The cache entry ----------------------------------------------------------------------------------------------------
+
+
+def rotations(tokens: int, rope: int, start: int = 0) -> Complex[Tensor, "tokens pairs"]:
+    """Of `tokens` positions from `start` on, fast enough that few tokens show the difference."""
+    angle = torch.arange(start, start + tokens)[:, None] * 10.0 ** -(2 * torch.arange(rope // 2) / rope)
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def turn(x: Float[Tensor, "tokens rope"], rotation: Complex[Tensor, "tokens pairs"]) -> Float[Tensor, "tokens rope"]:
@@ -53,19 +58,6 @@ def for_each_head(key, rotation):
     return turn(key, rotation).repeat(1, 4)
 
 
-ENTRY_MISTAKES: Changes = {
-    "the latent is stored before its norm": {"normalise": lambda latent, weight: latent},
-    "the norm of the latent is not scaled by `norm_weight`": {"normalise": lambda latent, weight: norm(latent)},
-    "the norm of the latent has no eps=1e-6": {"normalise": lambda c, w: F.rms_norm(c, w.shape, w)},
-    "the key is stored before its rotation": {"rotated": no_turn},
-    "the key is rotated backwards": {"rotated": turn_back},
-    "the rotation pairs the first half with the second, not neighbours": {"rotated": turn_halves},
-    "the key is normalised too": {"key_of": normalised},
-    "the key is taken from the latent instead of from h": {"key_of": from_latent},
-    "the key comes before the latent": {"key_first": True},
-}
-
-
 # 2.2 Absorbed attention of one query --------------------------------------------------------------------------------
 
 
@@ -100,36 +92,40 @@ ATTEND_MISTAKES: Changes = {
 }
 
 
-# 2.4 YaRN -----------------------------------------------------------------------------------------------------------
+# 2.1 A cut that follows the data ------------------------------------------------------------------------------------
+
+COMPRESS_MISTAKES: Changes = {
+    "the matrix itself is cut, whatever the data": {"spread": lambda h, w: w.T},
+    "the directions are those of the inputs, not of the outputs": {"spread": lambda h, w: h, "before": True},
+    "the outputs are centred first": {"centred": True},
+    "the weakest directions are kept": {"kept": lambda directions, rank: directions[-rank:]},
+    "one direction too many is kept": {"kept": lambda directions, rank: directions[: rank + 1]},
+}
 
 
-def wrong_yarn(
-    dim: int, theta: float, factor: float, original: int, *,
-    rounded: tuple[Callable, Callable] = (math.floor, math.ceil), turns: tuple[float, float] = (32, 1),
-    shape: Callable[[Tensor], Tensor] = lambda ramp: ramp.clamp(0, 1), power: int = 2,
-    log: Callable[[float], float] = math.log,
-) -> tuple[Tensor, float]:  # fmt: skip
-    """YaRN as written in the exercise; the keywords change one step of it."""
-    pair = torch.arange(dim // 2, dtype=torch.float64)
-    low, high = (
-        at(dim * math.log(original / (2 * math.pi * n)) / (2 * math.log(theta)))
-        for at, n in zip(rounded, turns, strict=True)
-    )
-    stretched = shape((pair - low) / (high - low))
-    frequency = theta ** (-2 * pair / dim)
-    return frequency * (1 - stretched + stretched / factor), (0.1 * log(factor) + 1) ** power
+# 2.3 A decoding step, split over GPUs -------------------------------------------------------------------------------
+
+SECONDS_MISTAKES: Changes = {
+    "the cache is split over the GPUs too": {"slots": lambda tokens, gpus: tokens / gpus},
+    "the heads are not split over the GPUs": {"heads_of": 1},
+    "the two times are added": {"together": lambda read, compute: read + compute},
+    "the shorter time counts": {"together": min},
+    "the queries of one step are not counted": {"counted": False, "heads_of": None, "widths": 576 + 512},
+    "the widths are those of the expanded form": {"widths": 192 + 128},
+    "keys and values are read separately": {"entry": 576 + 512},
+    "the rotary key is not cached": {"entry": 512},
+    "one layer is counted": {"layers": 1},
+}
 
 
-YARN_MISTAKES: Changes = {
-    "the bounds are rounded inwards": {"rounded": (math.ceil, math.floor)},
-    "the bounds are rounded to the nearest whole number": {"rounded": (round, round)},
-    "the bounds are not rounded": {"rounded": (float, float)},
-    "the fast pairs are stretched and the slow ones kept": {"shape": lambda ramp: 1 - ramp.clamp(0, 1)},
-    "all pairs are stretched alike": {"shape": torch.ones_like, "rounded": (math.floor, math.ceil)},
-    "the share is not kept between 0 and 1": {"shape": lambda ramp: ramp},
-    "the temperature is not squared": {"power": 1},
-    "the temperature is left out": {"power": 0, "log": math.log},
-    "the temperature takes the logarithm to base 10": {"log": math.log10},
+# 2.4 Another base instead of a ramp ---------------------------------------------------------------------------------
+
+BASE_MISTAKES: Changes = {
+    "the base is multiplied by the factor": {"base": lambda dim, theta, factor: theta * factor},
+    "the exponent is inverted": {"base": lambda dim, theta, factor: theta * factor ** ((dim - 2) / dim)},
+    "the turns are counted in radians": {"turn": 1.0},
+    "the fast pairs are chosen by their new frequencies": {"old": False},
+    "the slow-down is that of the fastest pair": {"slowed": torch.min, "turn": 2 * math.pi, "old": True},
 }
 
 

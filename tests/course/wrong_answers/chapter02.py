@@ -5,20 +5,27 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minids.course.exercises.chapter02 import attend_absorbed, cache_entry, decode_step, yarn
+from minids.course.exercises.chapter02 import (
+    attend_absorbed,
+    change_base,
+    compress,
+    decode_step,
+    step_milliseconds,
+)
 
 
-def entry_with_joint_norm(h, w_down, norm_weight, rotation):
-    both = F.rms_norm(h @ w_down.T, (len(w_down),), None, 1e-6)
-    return cache_entry(both, torch.eye(len(w_down)), norm_weight, rotation)
+def compress_rows(h, w, rank):
+    u, sizes, directions = torch.linalg.svd(h @ w.T, full_matrices=False)
+    return (u[:, :rank] * sizes[:rank]) @ directions[:rank]
 
 
-def entry_without_norm_and_rotation(h, w_down, norm_weight, rotation):
-    return h @ w_down.T
+def compress_by_scale(h, w, rank):
+    directions = torch.linalg.svd(h @ w.T, full_matrices=False).Vh
+    return directions[:rank].T @ (directions[:rank] @ w) / 2
 
 
-def entry_from_the_wrong_rows(h, w_down, norm_weight, rotation):
-    return cache_entry(h, w_down.roll(1, 0), norm_weight, rotation)
+def compress_both(h, w, rank):
+    return compress(h, compress(h, w, rank, spread=lambda h, w: w.T), rank)
 
 
 def expanded(query, entries, up, temperature=1.0):
@@ -54,16 +61,15 @@ def expanded_values(query, entries, up, temperature=1.0):
     return torch.stack([p @ (latent @ w.T) for p, w in zip(scores.softmax(-1), per_head[:, nope:], strict=True)])
 
 
-def yarn_of_doubled_pairs(dim, theta, factor, original):
-    frequencies, scale = yarn(2 * dim, theta, factor, original)
-    return frequencies[: dim // 2], scale
+def base_by_channels(dim, theta, factor, original):
+    power = -torch.arange(dim // 2, dtype=torch.float64) / dim
+    return (theta * factor ** (dim / (dim - 2))) ** power, change_base(dim, theta, factor, original)[1]
 
 
-def yarn_between_unrounded_bounds(dim, theta, factor, original):
-    pair = torch.arange(dim // 2, dtype=torch.float64)
-    low, high = (dim * math.log(original / (2 * math.pi * n)) / (2 * math.log(theta)) for n in (32, 1))
-    ramp = ((pair - low) / (high - low)).clamp(0, 1)
-    return theta ** (-2 * pair / dim) * (1 - ramp + ramp / factor), 0.1 * math.log(factor) + 1
+def base_found_for_a_pair_too_many(dim, theta, factor, original):
+    return change_base(
+        dim, theta, factor, original, base=lambda dim, theta, factor: theta * factor ** (dim / (dim - 4))
+    )
 
 
 def step_with_the_entry_first(h, cache, w, rotation):
@@ -111,16 +117,16 @@ def expects_the_order_of_slots_to_matter(attend):
 
 WRONG = {
     "2.1": [
-        ("one norm over both parts", entry_with_joint_norm, "example 1 of 4.*\n.*values differ"),
+        ("the outputs instead of the matrix", compress_rows, "the result should have shape"),
+        ("half of it", compress_by_scale, "example 1 of 3.*\n.*values differ"),
+        ("two cuts", compress_both, "example 1 of 3.*\n.*values differ"),
+        ("the factors", lambda h, w, r: torch.linalg.svd(h @ w.T).Vh[:r], "should have shape"),
         (
-            "two mistakes: no norm, no rotation",
-            entry_without_norm_and_rotation,
-            "its norm and the key is stored before",
+            "two mistakes: centred, one direction too many",
+            lambda h, w, r: compress(h, w, r + 1, centred=True),
+            "the outputs are centred first and one direction too many is kept",
         ),
-        ("rows one off", entry_from_the_wrong_rows, "example 1 of 4.*\n.*values differ"),
-        ("the two parts apart", lambda *a: cache_entry(*a).split((1, len(a[1]) - 1), -1), "should be a tensor, got"),
-        ("the latent only", lambda h, w, n, r: cache_entry(h, w, n, r)[:, : len(n)], "should have shape"),
-        ("float64", lambda *a: cache_entry(*a).double(), "should be of torch.float32, got torch.float64"),
+        ("the matrix", lambda h, w, r: w, "example 1 of 3.*\n.*values differ"),
     ],
     "2.2": [
         (
@@ -149,35 +155,40 @@ WRONG = {
         ),
     ],
     "2.3": [
-        ("a float", lambda n, r, v, k: k * (n + v) / (2 * k - n - v), "the result: got 170.667, expected 170"),
+        ("seconds", lambda *a: step_milliseconds(*a) / 1e3, "the result: got 0.00274946, expected 2.74946"),
+        ("everything split", lambda t, g, q: step_milliseconds(t, 1, q) / g, "the cache is split over the GPUs too"),
         (
-            "a float rounded down",
-            lambda n, r, v, k: float(k * (n + v) // (2 * k - n - v)),
-            "return an int, not a float",
+            "one layer, heads not split",
+            lambda t, g, q: step_milliseconds(t, 1, q) / 61,
+            "the heads are not split over the GPUs and one layer is counted",
         ),
-        (
-            "one too many",
-            lambda n, r, v, k: (k * (n + v) - 1) // (2 * k - n - v) + 1,
-            "the result: got 171, expected 170",
-        ),
-        (
-            "two mistakes: keys only, equal counts as fewer",
-            lambda n, r, v, k: k * n // (2 * k - n - v),
-            "an equal number counts as fewer and only the keys are recomputed",
-        ),
-        ("the rotary part counted once", lambda n, r, v, k: (k * (n + v) - 1) // (2 * k - n - v + r), "expected 170"),
+        ("a multiply-add is one FLOP", lambda t, g, q: step_milliseconds(t, 2 * g, q), "on example 3 of 5"),
+        ("8 bits a value", lambda t, g, q: step_milliseconds(t, g, q, entry=288), "on example 1 of 5"),
     ],
     "2.4": [
-        ("float32", lambda *a: (yarn(*a)[0].float(), yarn(*a)[1]), "the frequencies should be of torch.float64"),
-        ("frequencies of all channels", lambda *a: (yarn(*a)[0].repeat(2), yarn(*a)[1]), r"shape \(32,\), got \(64,\)"),
-        ("a pair is two channels wide", yarn_of_doubled_pairs, "the frequencies: .* values differ"),
-        ("the frequencies only", lambda *a: yarn(*a)[0], "should be a tuple of 2: the frequencies, the factor"),
         (
-            "two mistakes: unrounded bounds, no square",
-            yarn_between_unrounded_bounds,
-            "the bounds are not rounded and the temperature is not squared",
+            "float32",
+            lambda *a: (change_base(*a)[0].float(), change_base(*a)[1]),
+            "the frequencies should be of torch.float64",
         ),
-        ("the inverse factor", lambda *a: (yarn(*a)[0], 1 / yarn(*a)[1]), "the factor on the softmax scale: got"),
+        (
+            "frequencies of all channels",
+            lambda *a: (change_base(*a)[0].repeat(2), change_base(*a)[1]),
+            r"shape \(32,\), got",
+        ),
+        ("a pair is one channel wide", base_by_channels, "the frequencies: .* values differ"),
+        (
+            "the frequencies only",
+            lambda *a: change_base(*a)[0],
+            "should be a tuple of 2: the frequencies, the slow-down",
+        ),
+        ("another pair", base_found_for_a_pair_too_many, "the frequencies: .* values differ"),
+        (
+            "two mistakes: the factor itself, radians",
+            lambda *a: change_base(*a, base=lambda dim, theta, factor: theta * factor, turn=1.0),
+            "the base is multiplied by the factor and the turns are counted in radians",
+        ),
+        ("YaRN's answer", lambda *a: (change_base(*a)[0], 1.0), "the slow-down of the fast pairs: got 1"),
     ],
     "2.5": [
         ("the entry goes in front", step_with_the_entry_first, "the cache: .* values differ"),
@@ -202,6 +213,14 @@ WRONG = {
         ("no temperature", _compared(2, 5, 1.0), "it misses a bug; hint: use one that is not 1, several entries"),
         ("one entry", _compared(2, 1, 1.3), "it misses a bug; hint: use one that is not 1, several entries"),
         ("too tolerant", _compared(2, 5, 1.01, tolerance=10.0), "it accepts everything so far"),
+        ("long texts only", _compared(2, 5, 1.3), "it misses a bug; hint: compare with few cached entries too"),
         ("too strict", expects_the_order_of_slots_to_matter, "it rejects the correct implementation"),
+    ],
+    "2.8": [
+        ("four bits", lambda seed: 0.07, "with a cache of 6 bits: median 0.07"),
+        ("compared with itself", lambda seed: 0.0, "expected: a median between 0.013 and 0.025"),
+        ("eight bits", lambda seed: 0.0042, "median 0.0042"),
+        ("a tensor", lambda seed: torch.tensor(0.018), "the function should return a float"),
+        ("a percentage", lambda seed: 1.8, "expected: a median between"),
     ],
 }
