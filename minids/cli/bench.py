@@ -121,11 +121,9 @@ def compiled_decoding(repeats: int) -> list[dict]:
     rows = []
     for batch, aims in ((1, (">= 3", ">= 4")), (16, ("", ">= 2"))):
         prompts = torch.randint(1, CONFIG.vocab_size, (batch, 16))
-        sides = {
-            "minids": partial(generate, model, prompts.tolist(), max_new_tokens=64, sampling=Sampling(0.0)),
-            "transformers grouped_mm": partial(_greedy, twin, prompts),
-        }
-        compiled = partial(sides["minids"], compiled=True)
+        ours = partial(generate, model, prompts.tolist(), max_new_tokens=64, sampling=Sampling(0.0))
+        sides: dict[str, Callable] = {"minids": ours, "transformers grouped_mm": partial(_greedy, twin, prompts)}
+        compiled = partial(ours, compiled=True)
         for (name, side), aim in zip(sides.items(), aims, strict=True):
             rows.append(_compare(f"decoding at batch {batch}, {name} / compiled", side, compiled, repeats, aim))
     return rows

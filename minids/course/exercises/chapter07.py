@@ -4,14 +4,18 @@
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
 
 from minids.course.checks import Bug, Experiment, Function, OpenTask, SpotTheBug
-from minids.parallel.dualpipe import dualpipe
-from minids.parallel.schedule import Schedule, Timeline, peak_activations
+from minids.course.exercises.chapter07_plans import (
+    plan,
+    plan_that_blocks,
+    plan_with_all_weights_last,
+    plan_with_sum,
+    plan_without_last_weights,
+)
 
 # 7.1 -----------------------------------------------------------------------------------------------------------------
 
@@ -210,42 +214,6 @@ def bubble_examples(_: torch.Generator) -> list[tuple]:
     costs = [dict(F=1.0, I=1.0, W=1.0), dict(F=1.0, I=2.0, W=0.5), dict(F=2.0, I=1.0, W=3.0)]
     small = [(zb1p[0], costs[0]), (zb1p[1], costs[0]), (zb1p[2], costs[1])]
     return [*small, (at_once, costs[0]), (at_the_end, costs[2]), (zb1p[3], costs[1]), (zb1p[4], costs[2])]
-
-
-# 7.4 -----------------------------------------------------------------------------------------------------------------
-
-
-def plan(ranks: int, micro_batches: int, FB: float) -> tuple[Schedule, Timeline]:
-    """DualPipe, and when everything runs with F = 1, B = 2, W = 1 and `FB` for a pair."""
-    schedule = dualpipe(ranks, micro_batches)
-    return schedule, schedule.simulate(F=1, B=2, W=1, FB=FB)
-
-
-def plan_with_sum(ranks, micro_batches, FB):
-    return plan(ranks, micro_batches, FB=3)
-
-
-def plan_without_last_weights(ranks, micro_batches, FB):
-    schedule = dualpipe(ranks, micro_batches)
-    schedule = replace(schedule, actions=[actions[:-1] for actions in schedule.actions])
-    return schedule, schedule.simulate(F=1, B=2, W=1, FB=FB)
-
-
-def plan_that_blocks(ranks, micro_batches, FB):
-    """Rank 0 begins with a forward from the other end; the times are still those of the correct order."""
-    schedule, timeline = plan(ranks, micro_batches, FB)
-    first, *others = schedule.actions
-    early = next(action for action in first if action.kind == "F" and action.direction == 1)
-    rest = [action for action in first if action != early]
-    return replace(schedule, actions=[[early, *rest], *others]), timeline
-
-
-def plan_with_all_weights_last(ranks, micro_batches, FB):
-    """It promises the memory that it takes, so that its own check passes."""
-    schedule = dualpipe(ranks, micro_batches)
-    actions = [[a for a in row if a.kind != "W"] + [a for a in row if a.kind == "W"] for row in schedule.actions]
-    schedule = replace(schedule, actions=actions, max_activations=max(map(peak_activations, actions)))
-    return schedule, schedule.simulate(F=1, B=2, W=1, FB=FB)
 
 
 # 7.5 -----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-from minids.course.exercises.chapter01 import attend, cache_bytes, decode_step, rotate, to_neighbours
+from minids.course.exercises.chapter01 import attend, cache_bytes, decode_step
+from minids.course.exercises.chapter01_rope import rotate, to_neighbours
 
 RECOGNISED = "this is what comes out when {}"
 

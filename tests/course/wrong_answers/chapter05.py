@@ -5,73 +5,49 @@ import math
 import torch
 import torch.nn.functional as F
 
-from minids.course.exercises.chapter05 import bits_per_byte, encode, learning_rate, pack, predict
+from minids.course.exercises.chapter05 import bits_per_byte, learning_rate, pack, predict, shrink
 
 
-def encode_by_longest_match(data, merges):
-    words = {bytes([i]): i for i in range(256)}
-    names = {i: word for word, i in words.items()}
-    for new, (a, b) in enumerate(merges, start=256):
-        names[new] = names[a] + names[b]
-        words[names[new]] = new
-    ids, i = [], 0
-    while i < len(data):
-        length = max(n for n in range(1, len(data) - i + 1) if data[i : i + n] in words)
-        ids.append(words[data[i : i + length]])
-        i += length
-    return ids
+def shrink_by_place(ids, merges, keep):
+    """Cuts the merge list off, and leaves unknown ids out."""
+    return [i for i in ids if i < 256 + keep]
 
 
-def encode_without_the_last_id(data, merges):
-    ids = list(data)
-    for new, pair in enumerate(merges, start=256):
-        out, i = [], 0
-        while i < len(ids) - 1:
-            found = (ids[i], ids[i + 1]) == pair
-            out.append(new if found else ids[i])
-            i += 1 + found
-        ids = out
-    return ids
+def shrink_to_a_set(ids, merges, keep):
+    return sorted(shrink(ids, merges, keep))
 
 
-def encode_once(data, merges):
-    """One pass over the word, whatever fits."""
-    known, out = {pair: i for i, pair in enumerate(merges, start=256)}, []
-    for i in data:
-        while out and (out[-1], i) in known:
-            i = known[out.pop(), i]
-        out.append(i)
+def shrink_by_dividing(ids, merges, keep):
+    out = []
+    for i in ids:
+        out += [i] if i < 256 + keep else [i - keep, i - keep]
     return out
 
 
-def pack_by_last_token(documents, seq_len):
-    inputs, labels = pack(documents, seq_len, mask="none")
-    last = torch.tensor([document[-1] for document in documents])
-    return inputs, labels.masked_fill(torch.isin(inputs, last), -100)
+def shrink_nested(ids, merges, keep):
+    return [i if i < 256 + keep else list(merges[i - 256]) for i in ids]
 
 
-def pack_by_end_token(documents, seq_len):
-    inputs, labels = pack(documents, seq_len, mask="none")
+def pack_by_end_token(documents, seq_len, depth):
+    inputs, labels = pack(documents, seq_len, depth, mask="none")
     return inputs, labels.masked_fill(inputs == documents[0][-1], -100)
 
 
-def pack_padded(documents, seq_len):
+def pack_for_the_next_token(documents, seq_len, depth):
+    """The chapter's rows, whatever the depth."""
+    return pack(documents, seq_len, 0)
+
+
+def pack_padded(documents, seq_len, depth):
     stream = torch.tensor([token for document in documents for token in document])
-    owner = torch.tensor([i for i, document in enumerate(documents) for _ in document])
     rows = len(stream) // seq_len
-    labels = stream[1:].masked_fill(owner[1:] != owner[:-1], -100)
-    labels = F.pad(labels, (0, 1), value=-100)
+    labels = F.pad(stream[depth + 1 :], (0, depth + 1), value=-100)
     return stream[: rows * seq_len].view(rows, seq_len), labels[: rows * seq_len].view(rows, seq_len)
 
 
-def pack_each_document(documents, seq_len):
+def pack_each_document(documents, seq_len, depth):
     """Rows begin anew with each document."""
-    return pack([max(documents, key=len)], seq_len)
-
-
-def pack_one_row_less(documents, seq_len):
-    inputs, labels = pack(documents, seq_len)
-    return inputs[: len(inputs) - 1 or 1], labels[: len(inputs) - 1 or 1]
+    return pack([max(documents, key=len)], seq_len, depth)
 
 
 def bits_by_mean(logits, labels, token_bytes):
@@ -84,30 +60,31 @@ def bits_of_all_bytes(logits, labels, token_bytes):
     return (nats / math.log(2) / token_bytes[labels].sum()).item()
 
 
-def rate_without_the_end(tokens):
-    part = min(max((tokens - 10) / 4.3, 0), 1)
-    return 2.2e-5 + (2.2e-4 - 2.2e-5) * 0.5 * (1 + math.cos(math.pi * part))
+def rate_not_clamped(step, steps, warmup, decay, final):
+    """The decay goes on backwards: above 1 in the constant phase."""
+    if step < warmup:
+        return (step + 1) / warmup
+    u = (step - (steps - decay) + 1) / decay
+    return final + (1 - final) * (1 - math.copysign(math.sqrt(abs(u)), u))
 
 
-def rate_not_clamped(tokens):
-    if tokens >= 14.633:
-        return 7.3e-6
-    return 2.2e-5 + (2.2e-4 - 2.2e-5) * 0.5 * (1 + math.cos(math.pi * (tokens - 10) / 4.3))
+def rate_as_in_the_chapter(step, steps, warmup, decay, final):
+    part = min(max((step - (steps - decay)) / decay, 0), 1)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * part))
 
 
-def rate_after_the_end(tokens):
-    return learning_rate(tokens) if tokens != 14.633 else 2.2e-5
+def predict_with_floor_0(flops, losses, floors, target):
+    return predict(flops, losses, torch.zeros(1), target)
 
 
-def predict_weighted(flops, losses, target, floor):
-    """The median slope between neighbours."""
-    x, y = flops.log(), (losses - floor).log()
-    slope = ((y[1:] - y[:-1]) / (x[1:] - x[:-1])).median()
-    return floor + (y[-1] + slope * (math.log(target) - x[-1])).exp().item()
+def predict_by_a_line(flops, losses, floors, target):
+    x, y = flops.log(), losses
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return (y.mean() + slope * (math.log(target) - x.mean())).item(), 0.0
 
 
-def predict_mixed_logarithms(flops, losses, target, floor):
-    return floor + math.exp(math.log10(predict(flops, losses, target, floor) - floor))
+def predict_two_runs(flops, losses, floors, target):
+    return predict(flops[[0, -1]], losses[[0, -1]], floors, target)
 
 
 def _batch(rows=5, scale=1.0, masked=0):
@@ -147,29 +124,28 @@ def expects_bit_equality_of_sizes(step):
 
 WRONG = {
     "5.1": [
-        ("longest match", encode_by_longest_match, r"expected \[.*\]"),
-        ("the last id is lost", encode_without_the_last_id, "the result should have 2 parts, not 1"),
-        ("one pass", encode_once, r"should have 4 parts, not 3: got \[257, 257, 258\]"),
-        ("a tensor", lambda *a: torch.tensor(encode(*a)), "the result should be a list of 2"),
-        ("bytes", lambda data, merges: data, r"the result should be a list of 2; got b'abcab'"),
-        ("ids from 255", lambda *a: encode(*a, first_id=255), r"the result\[0\]: got|parts"),
+        ("new ids left out", shrink_by_place, "should have .* parts, not"),
+        ("sorted", shrink_to_a_set, "the result"),
+        ("id minus keep", shrink_by_dividing, "the result"),
+        ("pairs in lists", shrink_nested, "the result"),
+        ("a tensor", lambda *a: torch.tensor(shrink(*a)), "the result should be a list of"),
+        ("nothing done", lambda ids, merges, keep: list(ids), "the result"),
         (
-            "two mistakes: newest first, from the right",
-            lambda *a: encode(*a, newest_first=True, from_the_right=True),
-            "the newest merges come first and a merge goes from right to left",
+            "two mistakes: one merge too many, halves swapped",
+            lambda *a: shrink(*a, first_kept=257, swapped=True),
+            "one merge too many is kept and the second half of a pair comes first",
         ),
     ],
     "5.2": [
-        ("masked by the last tokens' values", pack_by_last_token, "has the value of some document's last token"),
         ("masked by an end token", pack_by_end_token, "the labels: .* values differ"),
-        ("the last row padded", pack_padded, "should have shape"),
+        ("depth ignored", pack_for_the_next_token, "the (labels|inputs)"),
+        ("the last row padded", pack_padded, "should have shape|values differ"),
         ("one document only", pack_each_document, "the inputs should have shape"),
-        ("a row less", pack_one_row_less, r"the inputs should have shape \(3, 4\), got \(2, 4\)"),
         ("lists", lambda *a: tuple(x.tolist() for x in pack(*a)), "the inputs should be a tensor"),
         ("int32", lambda *a: tuple(x.int() for x in pack(*a)), "should be of torch.int64, got torch.int32"),
         (
             "two mistakes: no shared token, labels kept",
-            lambda *a: pack(*a, shared=0, mask="none"),
+            lambda *a: pack(*a, shared=1, mask="none"),
             "so that some tokens are no label and labels of other documents are kept",
         ),
     ],
@@ -190,29 +166,28 @@ WRONG = {
         ("bits by log2 of e missing", lambda *a: bits_per_byte(*a) * math.log(2) ** 2, "the result: got .*, expected"),
     ],
     "5.4": [
-        ("without the end", rate_without_the_end, "the last 167 billion tokens are left out"),
-        ("not clamped", rate_not_clamped, "on example 1 of 9, tokens = 2:\n    the result: got"),
-        ("above 14.633 only", rate_after_the_end, "on example 8 of 9, tokens = 14.633"),
-        ("a string", lambda tokens: f"{learning_rate(tokens)}", "the result should be a number, got '0.00022'"),
+        ("not clamped", rate_not_clamped, "on example .* of 12"),
+        ("the chapter's cosine", rate_as_in_the_chapter, "on example .* of 12"),
+        ("no warm-up", lambda step, *a: learning_rate(max(step, a[1]), *a), "the result: got"),
+        ("a string", lambda *a: f"{learning_rate(*a)}", "the result should be a number, got '"),
+        ("forgotten +1", lambda *a: learning_rate(*a, last=0), "in the last step u is not 1"),
         (
-            "two mistakes: begins at 0, straight",
-            lambda tokens: learning_rate(tokens, begins=0.0, fall=lambda part: 2 * (1 - part)),
-            "the cosine begins at the first token and it falls in a straight line",
+            "two mistakes: first step lost, straight",
+            lambda *a: learning_rate(*a, first=0, fall=lambda u: u),
+            "the first step is lost and it falls in a straight line",
         ),
-        ("in units of 1e-4", lambda tokens: 1e4 * learning_rate(tokens), "the result: got 2.2, expected 0.00022"),
-        ("forgotten half", lambda tokens: learning_rate(tokens, height=1.0), "the cosine is not multiplied by 1/2"),
     ],
     "5.5": [
-        ("median slope", predict_weighted, "the result: got .*, expected"),
-        ("logarithms of two bases", predict_mixed_logarithms, "the result: got .*, expected"),
-        ("the logarithm", lambda *a: math.log(predict(*a)), "the result: got .*, expected"),
-        ("a list", lambda *a: [predict(*a)], "the result should be a number"),
+        ("floor 0", predict_with_floor_0, "the prediction: got .*, expected"),
+        ("a straight line in log compute", predict_by_a_line, "the prediction: got .*, expected"),
+        ("two runs", predict_two_runs, "the prediction: got .*, expected|the floor"),
+        ("the prediction alone", lambda *a: predict(*a)[0], "the result should"),
+        ("in the other order", lambda *a: predict(*a)[::-1], "the prediction: got .*, expected"),
         (
-            "two mistakes: floor not added, two points only",
-            lambda *a: predict(*a, add_floor=False, ends_only=True),
-            "the floor is not added again and the line goes through the first and the last run only",
+            "two mistakes: floor not added, the first floor",
+            lambda *a: predict(*a, add_floor=False, choose="first"),
+            "the floor is not added again and the floor is the first of the list",
         ),
-        ("the last loss", lambda flops, losses, *a: losses[-1].item(), "the result: got .*, expected"),
     ],
     "5.6": [
         ("equal sizes only", _size_does_not_matter(1), "it misses a bug; hint: mask some labels"),
@@ -225,5 +200,11 @@ WRONG = {
         ("4 rows by 2", _size_does_not_matter(2, rows=4, masked=1, scale=9), "it misses a bug; hint: take 5 rows"),
         ("too strict: unclipped", expects_no_clipping, "it rejects the correct implementation"),
         ("too strict: bits", expects_bit_equality_of_sizes, "it rejects the correct implementation"),
+    ],
+    "5.7": [
+        ("rows counted", lambda seed: 64 / 4, "median 16"),
+        ("upside down", lambda seed: 0.25, "median 0.25"),
+        ("no noise", lambda seed: 0.0, "median 0"),
+        ("a tensor", lambda seed: torch.tensor(4.0), "should return a float"),
     ],
 }
