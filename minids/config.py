@@ -1,6 +1,6 @@
 """Model configuration: one frozen dataclass with Hugging Face's field names, and the presets.
 
-Notable choices: every field has the name and the meaning of a field of DeepSeek's `config.json`, except the four
+Notable choices: every field has the name and the meaning of a field of DeepSeek's `config.json`, except those
 marked "minids only"; a config is validated once, on construction; the published models are presets like the small ones.
 """
 
@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from minids.engram_config import EngramConfig as EngramConfig
 from minids.hf_config import read_fields, write_fields
 from minids.validation import Fraction as Fraction
 from minids.validation import check_fields as check_fields
@@ -86,6 +87,12 @@ class ModelConfig:
     """Width of the rotated part of queries and keys (mla), in channels; even. All heads share one rotated key."""
     v_head_dim: int = 128
     """Width of a value head, in channels; in gqa also that of a query and key head."""
+    index_topk: int | None = None
+    """Number of tokens that a query of mla attends to, chosen by an indexer as in V3.2 (2048); None attends to all."""
+    index_n_heads: int = 64
+    """Number of heads of the indexer; with few of them many scores are 0. Unused without index_topk."""
+    index_head_dim: int = 128
+    """Width of an index query and of the cached index key, at least that of the rotated part; unused as above."""
 
     # Mixture of experts.
     first_k_dense_replace: int = 3
@@ -102,8 +109,8 @@ class ModelConfig:
     """Number of groups that the routed experts are divided into; V3 has one group per node."""
     topk_group: int = 4
     """Number of groups that the experts of one token may come from; fewer limit communication between nodes."""
-    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
-    """Affinity of a token to the experts: sigmoid (V3) or softmax over all experts (V2)."""
+    scoring_func: Literal["sigmoid", "softmax", "sqrtsoftplus"] = "sigmoid"
+    """Affinity of a token to the experts: sigmoid (V3), softmax over all experts (V2), sqrt of softplus (V4)."""
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
     """Selection of experts: noaux_tc with a balancing bias (V3), group_limited_greedy (V2), greedy (V2-Lite)."""
     norm_topk_prob: bool = True
@@ -120,6 +127,16 @@ class ModelConfig:
     """Weight of V2's device-level balance loss; 0 turns it off. minids only."""
     communication_balance_alpha: float = 0.0
     """Weight of V2's communication balance loss; 0 turns it off. minids only."""
+
+    # After V3 (FACTS.md section 10).
+    hc_mult: int = 1
+    """Number of residual streams of hyper-connections (V4 has 4); 1 is the plain residual connection of V3."""
+    hc_sinkhorn_iters: int = 20
+    """Sinkhorn iterations that constrain the mixing of the streams; 0 leaves it free, as before mHC (minids only)."""
+    hc_eps: float = 1e-6
+    """Added in the Sinkhorn iterations, against division by zero, and to the weights that read the streams."""
+    engram: EngramConfig | None = None
+    """Hashed n-gram memory; None for none. minids only."""
 
     def __post_init__(self):
         _check(self)
@@ -152,25 +169,31 @@ class ModelConfig:
         """Invert `to_dict`. Raises `ValueError` for an unknown field."""
         if isinstance(rope := fields.get("rope_scaling"), dict):
             fields = fields | {"rope_scaling": _make(YaRN, "rope_scaling", rope)}
+        if isinstance(engram := fields.get("engram"), dict):
+            listed = {name: tuple(value) for name, value in engram.items() if isinstance(value, list)}  # JSON's tuples
+            fields = fields | {"engram": _make(EngramConfig, "engram", engram | listed)}
         return _make(cls, "config", fields)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ModelConfig":
-        """Return a preset: nano, tiny, small, medium, v2_lite, v2 or v3, with `changes` to its fields."""
+        """Return a preset: nano, tiny, small, medium, v2_lite, v2, v3 or v3_2, with `changes` to its fields."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
         return cls.from_dict(PRESETS[name] | changes)
 
     @classmethod
     def from_hf(cls, fields: dict[str, Any]) -> "ModelConfig":
-        """Read a Hugging Face `config.json` of a DeepSeek-V2 or V3 model (`minids.hf_config`).
+        """Read a Hugging Face `config.json` of a DeepSeek-V2, V3 or V3.2 model (`minids.hf_config`).
 
         Raises `ValueError` for other models, and for fields whose values mean another arithmetic.
         """
         return cls.from_dict(read_fields(fields))
 
     def to_hf(self) -> dict[str, Any]:
-        """Return the `config.json` of `DeepseekV3ForCausalLM`. Raises `ValueError` if it cannot express this config."""
+        """Return the `config.json` of a DeepSeek-V3 model, or with `index_topk` of a V3.2 model.
+
+        Raises `ValueError` if it cannot express this config.
+        """
         return write_fields(self.to_dict())
 
 
@@ -183,6 +206,13 @@ def _check(c: ModelConfig) -> None:
     rotated = "qk_rope_head_dim" if c.attention == "mla" else "v_head_dim"
     rules = [
         (c.rope_theta > 1, "rope_theta", "must exceed 1"),
+        (c.index_topk is None or c.attention == "mla", "index_topk", "needs attention=mla"),
+        (c.index_topk is None or c.q_lora_rank is not None, "index_topk", "needs a query latent, so a q_lora_rank"),
+        (
+            c.index_topk is None or c.index_head_dim >= c.qk_rope_head_dim,
+            "index_head_dim",
+            f"must be at least qk_rope_head_dim={c.qk_rope_head_dim}",
+        ),
         (heads % c.num_key_value_heads == 0, "num_key_value_heads", f"must divide num_attention_heads={heads}"),
         (getattr(c, rotated) % 2 == 0, rotated, "must be even, because RoPE rotates pairs of channels"),
         (c.first_k_dense_replace <= layers, "first_k_dense_replace", f"must not exceed num_hidden_layers={layers}"),
@@ -199,13 +229,27 @@ def _check(c: ModelConfig) -> None:
             "must leave at least 2 experts per group",
         ),
         (c.topk_method != "greedy" or groups == kept, "topk_method", "greedy needs topk_group = n_group"),
+        *_engram_rules(c),
     ]
     for holds, field, rule in rules:
         require(holds, field, getattr(c, field), rule)
 
 
+def _engram_rules(c: ModelConfig) -> list[tuple[bool, str, str]]:
+    if c.engram is None:
+        return []
+    layers, vocab = c.num_hidden_layers, c.vocab_size
+    special = max(c.engram.pad_token, c.engram.bos_token or 0)
+    return [
+        (max(c.engram.layers) < layers, "engram", f"layers must be below num_hidden_layers={layers}"),
+        (special < vocab, "engram", f"pad_token and bos_token must be below vocab_size={vocab}"),
+    ]
+
+
 _BALANCE_ONLY = ("expert_balance_alpha", "device_balance_alpha", "communication_balance_alpha")
-_MAY_BE_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "aux_loss_alpha")
+_MAY_BE_ZERO = (
+    "num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "aux_loss_alpha", "hc_sinkhorn_iters",
+)  # fmt: skip
 
 
 def _make(cls: type, what: str, fields: dict[str, Any]) -> Any:
@@ -256,4 +300,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         rope_scaling=dict(),  # mscale 1: its default in the released code, named in config.json (FACTS.md section 2.2)
     ),
     "v3": dict(rope_scaling=dict()),
+    "v3_2": dict(rope_scaling=dict(), index_topk=2048),
 }  # fmt: skip

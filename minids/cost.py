@@ -9,6 +9,7 @@ Notable choices:
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from json import loads
 from pathlib import Path
@@ -42,14 +43,21 @@ def formula(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attention_parameters(config: ModelConfig) -> int:
-    """Parameters of one layer's attention, without norms."""
+    """Parameters of one layer's attention, without norms; with sparse attention also the indexer's."""
     d, heads, value_dim = config.hidden_size, config.num_attention_heads, config.v_head_dim
     if config.attention == "gqa":
         return 2 * d * (heads + config.num_key_value_heads) * value_dim
     query_width, q_rank, kv_rank = heads * config.qk_head_dim, config.q_lora_rank, config.kv_lora_rank
     query = d * query_width if q_rank is None else q_rank * (d + query_width)
     key_value = d * (kv_rank + config.qk_rope_head_dim) + kv_rank * heads * (config.qk_nope_head_dim + value_dim)
-    return query + key_value + heads * value_dim * d
+    return query + key_value + heads * value_dim * d + indexer_parameters(config)
+
+
+def indexer_parameters(config: ModelConfig, *, norm: bool = False) -> int:
+    """Parameters of one layer's indexer (V3.2), with `norm` also those of the LayerNorm of its key; 0 without one."""
+    heads, dim = config.index_n_heads, config.index_head_dim
+    count = (config.q_lora_rank or 0) * heads * dim + config.hidden_size * (dim + heads) + norm * 2 * dim
+    return count if config.index_topk else 0
 
 
 def expert_parameters(config: ModelConfig) -> int:
@@ -62,6 +70,7 @@ def parameters(config: ModelConfig, *, active: bool = False) -> dict[str, int]:
     d, layers, moe_layers = config.hidden_size, config.num_hidden_layers, config.num_moe_layers
     experts = config.num_experts_per_tok if active else config.n_routed_experts
     latents = (config.q_lora_rank or 0) + config.kv_lora_rank if config.attention == "mla" else 0
+    latents += indexer_parameters(config, norm=True) - indexer_parameters(config)
     return {
         "embedding": config.vocab_size * d,
         "attention": layers * attention_parameters(config),
@@ -108,24 +117,49 @@ def attention_flops_per_key(config: ModelConfig, *, absorbed: bool = False) -> i
     return 2 * config.num_attention_heads * widths
 
 
+def indexer_flops_per_key(config: ModelConfig) -> int:
+    """FLOPs per query and key of one layer's indexer: the products of its heads, without their weighted sum."""
+    return 0 if config.index_topk is None else 2 * config.index_n_heads * config.index_head_dim
+
+
 @formula
 def prefill_flops_per_token(config: ModelConfig, seq_len: float, *, causal: bool = True) -> float:
     """Mean FLOPs per token of a forward pass with logits at all positions.
 
-    A causal query attends to half of the sequence on average; `causal=False` counts all of it.
+    A causal query attends to half of the sequence on average; `causal=False` counts all of it. Sparse attention takes
+    the cheaper of two forms: absorbed over the chosen keys, or expanded over all of them with a mask.
     """
     keys = seq_len / 2 if causal else seq_len
-    return 2 * matmul_parameters(config) + config.num_hidden_layers * attention_flops_per_key(config) * keys
+    attention = attention_flops_per_key(config) * keys
+    if config.index_topk is not None:
+        chosen = min(config.index_topk, seq_len)
+        chosen -= chosen**2 / (2 * seq_len) if causal else 0  # the first queries see fewer
+        absorbed = attention_flops_per_key(config, absorbed=True) * chosen
+        attention = indexer_flops_per_key(config) * keys + min(attention, absorbed)
+    return 2 * matmul_parameters(config) + config.num_hidden_layers * attention
 
 
 @formula
 def decode_flops_per_token(config: ModelConfig, keys: float) -> float:
-    """FLOPs of one token that attends to `keys` cached tokens.
+    """FLOPs of one token with `keys` cached tokens.
 
     MLA is in the absorbed form: the same FLOPs per token as expanded, more per key.
     """
-    attention = config.num_hidden_layers * attention_flops_per_key(config, absorbed=True) * keys
-    return 2 * matmul_parameters(config) + attention
+    attention = attention_flops_per_key(config, absorbed=True) * min(keys, config.index_topk or math.inf)
+    attention += indexer_flops_per_key(config) * keys
+    return 2 * matmul_parameters(config) + config.num_hidden_layers * attention
+
+
+def sparse_break_even_tokens(config: ModelConfig, *, prefill: bool = False) -> float:
+    """Context length from which sparse attention takes fewer FLOPs than dense attention, without the projections.
+
+    Decoding compares both in the absorbed form. `prefill` compares absorbed attention over `index_topk` keys per query
+    with the expanded form over half of the keys on average. Raises `ValueError` for dense attention.
+    """
+    require(config.index_topk is not None, "index_topk", None, "dense attention has no break-even length")
+    chosen = attention_flops_per_key(config, absorbed=True) * (config.index_topk or 0)
+    saved = attention_flops_per_key(config, absorbed=not prefill) - indexer_flops_per_key(config)  # per key
+    return chosen / (saved / 2 if prefill else saved)
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: float, *, causal: bool = True) -> float:
@@ -137,13 +171,21 @@ def kv_values_per_layer(config: ModelConfig) -> int:
     """Values cached per token and layer (V2 Table 1). MHA is GQA with one key per head, MQA with one key for all."""
     if config.attention == "gqa":
         return 2 * config.num_key_value_heads * config.v_head_dim
-    return config.kv_lora_rank + config.qk_rope_head_dim
+    return config.kv_lora_rank + config.qk_rope_head_dim + (config.index_head_dim if config.index_topk else 0)
 
 
 @formula
 def kv_bytes_per_token(config: ModelConfig, bits: float = 16) -> float:
     """KV cache of all layers of the main model in bytes per token, at `bits` per value."""
     return config.num_hidden_layers * kv_values_per_layer(config) * bits / 8
+
+
+def fp8_kv_bytes_per_token(config: ModelConfig) -> int:
+    """KV cache of mla in bytes per token as FlashMLA has it: FP8, an FP32 scale per 128 values, rotated key in BF16."""
+    require(config.attention == "mla", "attention", config.attention, "only the cache of mla has this layout")
+    widths = (config.kv_lora_rank, config.index_head_dim if config.index_topk else 0)
+    in_fp8 = sum(values + 4 * math.ceil(values / 128) for values in widths)
+    return config.num_hidden_layers * (in_fp8 + 2 * config.qk_rope_head_dim)
 
 
 # Time and money (FACTS.md sections 7, 8.5 and 11) ------------------------------------------------------------------
@@ -267,7 +309,7 @@ def dense_config(fields: dict[str, Any]) -> ModelConfig:
 
 
 def read_config(name: str) -> ModelConfig:
-    """Read a preset, or the `config.json` (or its folder) of a DeepSeek-V2, V3 or dense model.
+    """Read a preset, or the `config.json` (or its folder) of a DeepSeek-V2, V3, V3.2 or dense model.
 
     Raises `ValueError` for anything else.
     """
@@ -285,7 +327,7 @@ def read_config(name: str) -> ModelConfig:
 @formula
 def figures(config: ModelConfig, context: int = 4096, utilisation: Fraction = 0.39, usd: float = 2) -> dict[str, float]:
     """All figures of `minids cost`, with units in the names; `utilisation` is the MFU, 39 % in V3."""
-    as_mha = config.replace(attention="gqa", num_key_value_heads=config.num_attention_heads)
+    as_mha = config.replace(attention="gqa", num_key_value_heads=config.num_attention_heads, index_topk=None)
     training_flops = training_flops_per_token(config, context)
     gpu_hours = gpu_hours_by_mfu(1e12 * training_flops, utilisation)
     return {f"{part}_parameters": count for part, count in parameters(config).items()} | {

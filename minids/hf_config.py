@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` of DeepSeek-V2 and V3 models, read into and written from the fields of a `ModelConfig`.
+"""Hugging Face's `config.json` of DeepSeek-V2, V3 and V3.2, read into and written from the fields of a `ModelConfig`.
 
 Notable choices:
 - a field that changes nothing here (dtype, token ids, cache) is ignored; a field that changes the arithmetic is a field
@@ -12,7 +12,11 @@ from typing import Any
 from minids.validation import check_value, require
 
 DENSE_TYPES = ("llama", "mistral", "qwen2")  # other architectures, whose cost alone can be computed
-ARCHITECTURES = {"DeepseekV3ForCausalLM": "deepseek_v3", "DeepseekV2ForCausalLM": "deepseek_v2"}
+ARCHITECTURES = {
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "DeepseekV32ForCausalLM": "deepseek_v32",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+}
 SHARED = (  # fields with the same name and meaning in `ModelConfig`
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_nextn_predict_layers",
     "max_position_embeddings", "rms_norm_eps", "initializer_range", "num_attention_heads", "kv_lora_rank",
@@ -20,6 +24,7 @@ SHARED = (  # fields with the same name and meaning in `ModelConfig`
     "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "scoring_func", "topk_method",
     "norm_topk_prob", "routed_scaling_factor", "aux_loss_alpha",
 )  # fmt: skip
+INDEXER = ("index_topk", "index_n_heads", "index_head_dim")  # only V3.2 has these, with the same names and meanings
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
     "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
@@ -27,6 +32,7 @@ REQUIRED = (
 )  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": dict(num_nextn_predict_layers=0, first_k_dense_replace=3, max_position_embeddings=4096),
+    "deepseek_v32": dict(num_nextn_predict_layers=0, first_k_dense_replace=3, max_position_embeddings=163840),
     "deepseek_v2": dict(
         num_nextn_predict_layers=0, first_k_dense_replace=0, max_position_embeddings=2048, scoring_func="softmax",
         norm_topk_prob=False, topk_method="greedy", n_group=1, topk_group=1, routed_scaling_factor=1.0,
@@ -36,15 +42,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 FIXED: dict[str, tuple[Any, ...]] = dict(
     hidden_act=("silu",), moe_layer_freq=(1,), rope_interleave=(True,), tie_word_embeddings=(False, None),
     attention_bias=(False, None), mlp_bias=(False, None), attention_dropout=(0, None), partial_rotary_factor=(1, None),
-    sliding_window=(None,), index_topk=(None,), index_n_heads=(None,), index_head_dim=(None,),
+    sliding_window=(None,),
 )  # fmt: skip
 # What each family computes, whatever these fields say: transformers ignores them, DeepSeek's code refuses others.
 FIXED_IN: dict[str, dict[str, tuple[Any, ...]]] = {
-    "deepseek_v3": dict(scoring_func=("sigmoid",), topk_method=("noaux_tc",)),
+    "deepseek_v3": dict(scoring_func=("sigmoid",), topk_method=("noaux_tc",)) | dict.fromkeys(INDEXER, (None,)),
+    "deepseek_v32": dict(scoring_func=("sigmoid",), topk_method=("noaux_tc",)),
     "deepseek_v2": dict(
         scoring_func=("softmax", None), topk_method=("greedy", "group_limited_greedy", None),
         norm_topk_prob=(False, None),
-    ),
+    ) | dict.fromkeys(INDEXER, (None,)),
 }  # fmt: skip
 YARN_FIXED: dict[str, tuple[Any, ...]] = dict(
     truncate=(True, None), partial_rotary_factor=(1, None), extrapolation_factor=(1, None), attn_factor=(1, None)
@@ -54,12 +61,13 @@ YARN_FIXED: dict[str, tuple[Any, ...]] = dict(
 def read_fields(fields: Any) -> dict[str, Any]:
     """Return the fields of a `ModelConfig`, `rope_scaling` as a dictionary, that a parsed `config.json` describes.
 
-    The names are checked here, the values by `ModelConfig`. Raises `ValueError` for models other than DeepSeek-V2 and
-    V3, for missing fields, and for values that mean another arithmetic.
+    The names are checked here, the values by `ModelConfig`. Raises `ValueError` for models other than DeepSeek-V2, V3
+    and V3.2, for missing fields, and for values that mean another arithmetic.
     """
     require(isinstance(fields, dict), "config.json", fields, "must hold a JSON object")
     family = _family(fields)
-    missing = sorted(name for name in REQUIRED if fields.get(name) is None)
+    indexer = INDEXER if family == "deepseek_v32" else ()
+    missing = sorted(name for name in (*REQUIRED, *indexer) if fields.get(name) is None)
     missing += [name for name in ("q_lora_rank", "n_shared_experts") if name not in fields]  # readers disagree on them
     if missing:
         raise ValueError(f"config.json lacks {missing[0]!r}, which a {family} model needs")
@@ -71,21 +79,26 @@ def read_fields(fields: Any) -> dict[str, Any]:
     }
     own["q_lora_rank"] = None if fields["q_lora_rank"] == 0 else fields["q_lora_rank"]
     own["n_shared_experts"] = 0 if fields["n_shared_experts"] is None else fields["n_shared_experts"]
+    own |= {name: fields[name] for name in indexer}
     own["num_key_value_heads"] = fields["num_attention_heads"]  # unused by MLA, and null in some configs
     if own.get("topk_method") == "greedy":
         own |= dict(n_group=1, topk_group=1)  # greedy selection has no groups
     for name in ("first_k_dense_replace", "num_hidden_layers"):
         check_value(name, own[name], int, may_be_zero=name == "first_k_dense_replace")
     own["first_k_dense_replace"] = min(own["first_k_dense_replace"], own["num_hidden_layers"])
+    if family == "deepseek_v32":
+        _check_layer_types(fields, own["first_k_dense_replace"], own["num_hidden_layers"])
     return own | _read_rope(fields)
 
 
 def write_fields(own: dict[str, Any]) -> dict[str, Any]:
-    """Return the `config.json` of `DeepseekV3ForCausalLM` for the fields of a `ModelConfig`, as `to_dict` gives them.
+    """Return the `config.json` for the fields of a `ModelConfig`, as `to_dict` gives them.
 
+    It is that of `DeepseekV3ForCausalLM`, or with `index_topk` of `DeepseekV32ForCausalLM`.
     Raises `ValueError` for what transformers' DeepSeek-V3 cannot express.
     """
-    for name, value in (("attention", "mla"), ("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
+    kept = dict(attention="mla", topk_method="noaux_tc", scoring_func="sigmoid", hc_mult=1, engram=None)
+    for name, value in kept.items():
         require(own[name] == value, name, own[name], f"transformers' DeepSeek-V3 has {value} only")
     sparse, experts = own["first_k_dense_replace"] < own["num_hidden_layers"], own["n_routed_experts"]
     require(experts > 1 or not sparse, "n_routed_experts", experts, "transformers' DeepSeek-V3 needs at least 2")
@@ -96,13 +109,17 @@ def write_fields(own: dict[str, Any]) -> dict[str, Any]:
         amplitude = _amplitude(yarn)
         if amplitude != _amplitude_of_transformers(yarn):
             rope["attention_factor"] = amplitude
+    if own["index_topk"] is None:
+        kind = dict(architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", rope_interleave=True)
+    else:
+        kind = dict(architectures=["DeepseekV32ForCausalLM"], model_type="deepseek_v32")
+        kind |= {name: own[name] for name in INDEXER}
     floats = {name: float(own[name]) for name in ("rms_norm_eps", "routed_scaling_factor")}
-    return {name: own[name] for name in (*SHARED, "q_lora_rank", "n_shared_experts")} | floats | dict(
-        architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", hidden_act="silu", attention_bias=False,
-        tie_word_embeddings=False, num_key_value_heads=own["num_attention_heads"],
+    return {name: own[name] for name in (*SHARED, "q_lora_rank", "n_shared_experts")} | floats | kind | dict(
+        hidden_act="silu", attention_bias=False, tie_word_embeddings=False,
+        num_key_value_heads=own["num_attention_heads"],
         initializer_range=float(own["initializer_range"] or 0.02),  # None cannot be expressed; transformers' default
-        rope_theta=float(own["rope_theta"]), rope_interleave=True,
-        rope_scaling=None if yarn is None else rope, rope_parameters=rope,
+        rope_theta=float(own["rope_theta"]), rope_scaling=None if yarn is None else rope, rope_parameters=rope,
     )  # fmt: skip
 
 
@@ -122,14 +139,14 @@ def _amplitude_of_transformers(yarn: dict[str, Any]) -> float:
 
 
 def _family(fields: dict[str, Any]) -> str:
-    """Return deepseek_v3 or deepseek_v2: `model_type`, or the architecture of a type of another name (kimi_k2)."""
+    """Return deepseek_v3, _v32 or _v2: `model_type`, or the architecture of a type of another name (kimi_k2)."""
     kind, named = fields.get("model_type"), fields.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     families = {ARCHITECTURES.get(name) for name in names}
     if kind not in ARCHITECTURES.values() and isinstance(kind, str) and kind not in DENSE_TYPES and len(families) == 1:
         (kind,) = families
     fits = kind in ARCHITECTURES.values() and None not in families
-    rule = f"only deepseek_v3 and deepseek_v2 configs can be read (this one's architectures: {named!r})"
+    rule = f"only deepseek_v3, deepseek_v32 and deepseek_v2 configs can be read (this one's architectures: {named!r})"
     require(fits, "model_type", fields.get("model_type"), rule)
     return str(kind)
 
@@ -139,6 +156,16 @@ def _check_fixed(fields: dict[str, Any], fixed: dict[str, tuple[Any, ...]]) -> N
         if name in fields:
             readable = " and ".join(repr(value) for value in values if value is not None)
             require(fields[name] in values, name, fields[name], f"only {readable or 'null'} can be read")
+
+
+def _check_layer_types(fields: dict[str, Any], dense: int, layers: int) -> None:
+    """Check the lists in which transformers' DeepSeek-V3.2 repeats what the numbers say, or says something else."""
+    wanted = dict(
+        mlp_layer_types=["dense"] * dense + ["sparse"] * (layers - dense), layer_types=["indexed_attention"] * layers
+    )
+    for name, value in wanted.items():
+        rule = "must be null, or what first_k_dense_replace and num_hidden_layers say"
+        require(fields.get(name) in (None, value), name, fields.get(name), rule)
 
 
 def _read_rope(fields: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def check_value(name: str, value: Any, kind: Any, may_be_zero: bool = False) -> 
         require(value in parts, name, value, f"must be one of {', '.join(map(str, parts))}")
     elif NoneType in parts:
         if value is not None:
-            check_value(name, value, parts[0])
+            check_value(name, value, parts[0], may_be_zero)
     elif kind in _NUMBERS:
         number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
         rule = f"must be {_NUMBERS[kind]}{', or 0' if may_be_zero else ''}"

@@ -3,8 +3,9 @@
 from minids import cost
 from minids.config import ModelConfig
 
-V3, V2, V2_LITE = (ModelConfig.preset(name) for name in ("v3", "v2", "v2_lite"))
+V3, V2, V2_LITE, V3_2 = (ModelConfig.preset(name) for name in ("v3", "v2", "v2_lite", "v3_2"))
 NANO = ModelConfig.preset("nano")
+SPARSE = NANO.replace(index_topk=4, index_n_heads=6, index_head_dim=20)
 QWEN_72B = dict(
     model_type="qwen2", vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80,
     num_attention_heads=64, num_key_value_heads=8, sliding_window=131072, use_sliding_window=False,

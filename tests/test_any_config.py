@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
-from minids.config import ModelConfig, YaRN
+from minids.config import EngramConfig, ModelConfig, YaRN
+from minids.model.kv_cache import IndexerTraining
 from minids.model.moe import balance_loss
 from minids.model.transformer import MiniDS
 
@@ -58,16 +59,30 @@ def fields(draw):
         expert_balance_alpha=draw(st.sampled_from([0.0, 0.1])),
         device_balance_alpha=draw(st.sampled_from([0.0, 0.1])),
         communication_balance_alpha=draw(st.sampled_from([0.0, 0.1])),
+        index_topk=draw(st.sampled_from([None, None, 1, 3, 100])),
+        index_n_heads=draw(st.integers(1, 3)),
+        index_head_dim=draw(often(5, 4, 3)),
     )
+
+
+STREAMS_AND_MEMORY = st.fixed_dictionaries({
+    "hc_mult": often(1, 2, 3),
+    "hc_sinkhorn_iters": often(3, 0),
+    "engram": often(
+        None,
+        EngramConfig(layers=(0,), rows=5, heads=1, dim=3, pad_token=1),
+        EngramConfig(layers=(0, 1), rows=1, heads=2, dim=2, max_ngram=2, pad_token=0, bos_token=0),
+    ),
+})  # fmt: skip
 
 
 def train_one_step(config, tokens):
     """Forward with the prediction modules, backward with the balance losses, one SGD step; the loss before it."""
     model = MiniDS(config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    out = model(tokens, mtp=True)
+    out = model(tokens, mtp=True, indexer=IndexerTraining("sparse"))
     logits = [out.logits, *out.mtp_logits]
-    loss = sum(balance_loss(routing, config) for routing in out.routings)
+    loss = sum(balance_loss(routing, config) for routing in out.routings) + sum(out.indexer_losses)
     for k, predicted in enumerate(logits, start=1):
         loss = loss + F.cross_entropy(predicted[:, :-1].flatten(0, 1), tokens[:, k:].flatten())
     loss.backward()
@@ -83,8 +98,9 @@ def train_one_step(config, tokens):
 
 
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(fields=fields(), seed=st.integers(0, 100))
-def test_any_config_is_refused_or_trains(fields, seed):
+@given(fields=fields(), more=STREAMS_AND_MEMORY, seed=st.integers(0, 100))
+def test_any_config_is_refused_or_trains(fields, more, seed):
+    fields |= more
     try:
         config = ModelConfig(**fields)
     except ValueError as error:
@@ -99,10 +115,10 @@ def test_any_config_is_refused_or_trains(fields, seed):
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.filter_too_much])
-@given(fields=fields())
-def test_any_accepted_config_goes_through_json(fields):
+@given(fields=fields(), more=STREAMS_AND_MEMORY)
+def test_any_accepted_config_goes_through_json(fields, more):
     try:
-        config = ModelConfig(**fields)
+        config = ModelConfig(**fields, **more)
     except ValueError:
         assume(False)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -15,7 +15,7 @@ NANO = ModelConfig.preset("nano", **SMALL)
 V3 = ModelConfig.preset("v3")
 WHOLE = [f.name for f in dataclasses.fields(ModelConfig) if f.type is int]
 NUMBERS = [f.name for f in dataclasses.fields(ModelConfig) if f.type is float]
-MAY_BE_ZERO = {"num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts"}
+MAY_BE_ZERO = {"num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "hc_sinkhorn_iters"}
 
 
 def complaint(make, field, value):
@@ -46,7 +46,7 @@ def test_factors_are_finite_numbers_from_0_on(field):
     "field, value, rule",
     [
         ("attention", "mha", "mla, gqa"),
-        ("scoring_func", "tanh", "sigmoid, softmax"),
+        ("scoring_func", "tanh", "sigmoid, softmax, sqrtsoftplus"),
         ("topk_method", "gready", "noaux_tc, group_limited_greedy, greedy"),
         ("norm_topk_prob", "no", "must be a bool"),
         ("q_lora_rank", 0, "at least 1"),
@@ -69,6 +69,8 @@ def test_factors_are_finite_numbers_from_0_on(field):
         ("topk_group", 5, "n_group=4"),
         ("num_experts_per_tok", 5, "the 4 experts kept"),
         ("topk_method", "greedy", "topk_group = n_group"),
+        ("index_topk", 0, "at least 1"),
+        ("index_topk", 1.5, "whole number"),
     ],
 )
 def test_each_rule_names_field_value_and_rule(field, value, rule):
@@ -79,6 +81,14 @@ def test_the_baseline_rotates_whole_heads_so_they_must_be_even():
     assert "even" in complaint(lambda: NANO.replace(attention="gqa", v_head_dim=15), "v_head_dim", 15)
     assert NANO.replace(v_head_dim=15).v_head_dim == 15  # MLA does not rotate values
     assert NANO.replace(attention="gqa", qk_rope_head_dim=7).qk_rope_head_dim == 7  # nor the baseline this part
+
+
+def test_sparse_attention_needs_mla_a_query_latent_and_an_index_head_that_can_be_rotated():
+    sparse = NANO.replace(index_topk=8, index_head_dim=8)
+    assert "attention=mla" in complaint(lambda: sparse.replace(attention="gqa"), "index_topk", 8)
+    assert "q_lora_rank" in complaint(lambda: sparse.replace(q_lora_rank=None), "index_topk", 8)
+    assert "qk_rope_head_dim=8" in complaint(lambda: sparse.replace(index_head_dim=7), "index_head_dim", 7)
+    assert NANO.replace(index_head_dim=7, q_lora_rank=None).index_topk is None  # unused without a choice
 
 
 @pytest.mark.parametrize(
@@ -175,6 +185,8 @@ def test_published_presets_have_the_published_shape():
     assert shape(ModelConfig.preset("v2_lite")) == [
         2048, 27, 1, 16, None, 512, 128, 64, 128, 10944, 1408, 64, 2, 6, 1, 1, 1.0, 102400, 0, "softmax", False,
     ]  # fmt: skip
+    v3_2 = ModelConfig.preset("v3_2")
+    assert v3_2 == V3.replace(index_topk=2048, index_n_heads=64, index_head_dim=128)
     for name in ("v3", "v2", "v2_lite"):
         config = ModelConfig.preset(name)
         assert (config.rope_theta, config.rms_norm_eps, config.initializer_range) == (10000.0, 1e-6, 0.006)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cost_configs import LLAMA, LLM_67B, NANO, QWEN, V2, V2_LITE, V3, gqa
+from cost_configs import LLAMA, LLM_67B, NANO, QWEN, SPARSE, V2, V2_LITE, V3, V3_2, gqa
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -96,7 +96,7 @@ def test_every_row_is_there_but_the_expert_placement():
 # Parameters against the module tree --------------------------------------------------------------------------------
 
 PARTS = {  # by a word in the name of a parameter; the first that fits
-    "router.weight": "router", "router.bias": "balance_bias", ".attention.": "attention",
+    "router.weight": "router", "router.bias": "balance_bias", "k_norm.bias": "norms", ".attention.": "attention",
     ".shared.": "shared_experts", ".experts.": "routed_experts", ".ffn.": "dense_ffn", "embedding": "embedding",
     "head": "head",
 }  # fmt: skip
@@ -107,6 +107,7 @@ SHAPES = {name: ModelConfig.preset(name) for name in PRESETS} | {
     "MQA": gqa(NANO, 1),
     "no shared expert, greedy": NANO.replace(n_shared_experts=0, topk_method="greedy", topk_group=4),
     "Llama-3.1-405B": LLAMA,
+    "sparse attention": SPARSE,
 }
 
 
@@ -169,6 +170,27 @@ def test_decode_flops_are_what_torch_counts(config):
     assert flops == cost.decode_flops_per_token(config, keys) + cut_off_flops
 
 
+@torch.no_grad()
+def test_flops_of_sparse_attention_are_what_torch_counts():
+    """Short of what the formula leaves out, and of the query latent, which the model computes twice."""
+    config = SPARSE.replace(v_head_dim=24, first_k_dense_replace=3)
+    latent = 2 * config.hidden_size * config.q_lora_rank
+
+    def apart(tokens, pairs):
+        return config.num_hidden_layers * (tokens * latent + 2 * config.index_n_heads * pairs)
+
+    model, keys = MiniDS(config), 40
+    few = torch.zeros(1, 5, dtype=torch.int64)  # more than index_topk: expanded, with a mask
+    flops = counted(lambda: model(few))
+    assert flops == 5 * cost.prefill_flops_per_token(config, 5, causal=False) + apart(5, 25)
+    cache = model.new_cache(1, keys)
+    cache.advance(keys - 1)
+    flops = counted(lambda: model(few[:, :1], cache=cache))
+    cut_off = 2 * config.num_attention_heads * config.qk_rope_head_dim * config.index_topk
+    apart_from_formula = apart(1, keys) + config.num_hidden_layers * cut_off
+    assert flops == cost.decode_flops_per_token(config, keys) + apart_from_formula
+
+
 def test_training_flops_are_what_torch_counts():
     config = COUNTED["GQA, dense"]
     tokens = torch.zeros(1, 8, dtype=torch.int64)
@@ -190,6 +212,62 @@ def test_flops_of_other_published_models():
     assert cost.attention_flops_per_key(V3, absorbed=True) == 278_528
     by_byte = cost.attention_flops_per_key(V3, absorbed=True) / (2 * cost.kv_values_per_layer(V3))
     assert by_byte == pytest.approx(241.8, abs=0.05)
+
+
+# Sparse attention (AFTER_V3) ----------------------------------------------------------------------------------------
+
+
+def test_an_indexer_has_14_million_parameters_a_layer():
+    assert cost.indexer_parameters(V3_2, norm=True) == 13_959_424 == 1536 * 8192 + 7168 * 128 + 2 * 128 + 7168 * 64
+    assert cost.num_parameters(V3_2) - cost.num_parameters(V3) == 61 * 13_959_424
+    assert cost.num_parameters(V3_2) - 58 * 256 == 671_877_929_216  # as transformers counts, without routing biases
+    assert cost.indexer_parameters(V3) == cost.indexer_flops_per_key(V3) == 0
+
+
+def test_cache_of_v3_2_is_48068_bytes_a_token():
+    """FlashMLA's layout: 656 bytes a layer, and 132 of the index key."""
+    assert cost.fp8_kv_bytes_per_token(V3) == 61 * 656 == 40_016
+    assert cost.fp8_kv_bytes_per_token(V3_2) == 61 * (656 + 132) == 48_068
+    assert cost.kv_values_per_layer(V3_2) == 576 + 128
+    with pytest.raises(ValueError, match="attention='gqa'"):
+        cost.fp8_kv_bytes_per_token(QWEN)
+
+
+def test_flops_per_pair_and_where_sparse_attention_breaks_even():
+    assert cost.indexer_flops_per_key(V3_2) == 16_384
+    assert cost.attention_flops_per_key(V3_2, absorbed=True) == 278_528
+    assert cost.attention_flops_per_key(V3_2) == 81_920
+    assert cost.sparse_break_even_tokens(V3_2) == 2_176
+    assert cost.sparse_break_even_tokens(V3_2, prefill=True) == 17_408
+
+
+def attention_flops(flops_per_token, config, length):
+    return flops_per_token(config, length) - 2 * cost.matmul_parameters(config)
+
+
+def test_decoding_at_128k_takes_13_times_fewer_flops_in_attention():
+    dense, sparse = (attention_flops(cost.decode_flops_per_token, config, 2**17) for config in (V3, V3_2))
+    assert dense / sparse == pytest.approx(13.4, abs=0.05)
+    for length, cheaper in ((2175, False), (2177, True)):
+        both = (attention_flops(cost.decode_flops_per_token, config, length) for config in (V3_2, V3))
+        assert (next(both) < next(both)) == cheaper
+
+
+def test_sparse_prefill_takes_the_cheaper_form():
+    """Masked MHA for short prompts, as V3.2-Exp section 3 does; then the indexer is what is added."""
+    for length in (1000, 4096):
+        both = [attention_flops(cost.prefill_flops_per_token, config, length) for config in (V3, V3_2)]
+        assert both[1] - both[0] == 61 * 16_384 * length / 2
+    for length in (17_408, 2**17):  # the first 2048 queries see fewer keys, so it breaks even a little earlier
+        both = [attention_flops(cost.prefill_flops_per_token, config, length) for config in (V3, V3_2)]
+        assert both[1] < both[0]
+    assert both[0] / both[1] == pytest.approx(3.3, abs=0.05)
+
+
+def test_tokens_of_the_two_training_stages():
+    """Stage 1: 1000 steps of 16 sequences of 128K; stage 2: 15,000 steps of 480 (V3.2-Exp section 2.1)."""
+    assert 1000 * 16 * 2**17 == pytest.approx(2.1e9, rel=0.005)
+    assert 15_000 * 480 * 2**17 == pytest.approx(943.7e9, rel=1e-4)
 
 
 # Cache, hours, memory, bubbles, links ------------------------------------------------------------------------------

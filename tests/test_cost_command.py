@@ -49,9 +49,9 @@ def test_dense_models_count_as_transformers_builds_them():
 @pytest.mark.parametrize(
     "content, complaint",
     [
-        ("{", "neither a preset (nano, tiny, small, medium, v2_lite, v2, v3) nor a config.json"),
+        ("{", "neither a preset (nano, tiny, small, medium, v2_lite, v2, v3, v3_2) nor a config.json"),
         ("[1]", "must hold a JSON object"),
-        ({"model_type": "gpt2"}, "model_type='gpt2': only deepseek_v3 and deepseek_v2"),
+        ({"model_type": "gpt2"}, "model_type='gpt2': only deepseek_v3, deepseek_v32 and deepseek_v2"),
         ({}, "model_type=None: only"),
         (LLAMA_405B | {"hidden_size": None}, "hidden_size=None: must be a whole number, at least 1"),
         (LLAMA_405B | {"num_attention_heads": 0}, "num_attention_heads=0: must be a whole number, at least 1"),

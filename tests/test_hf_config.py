@@ -22,6 +22,7 @@ TOTALS = {  # total and active parameters, with embedding and output head
     "v2": (235_741_434_880, 21_375_800_320),  # "236B, 21B"
     "v2_lite": (15_706_484_224, 2_661_150_208),  # "15.7B, 2.4B" without the input embedding
     "moonlight": (15_960_110_208, 2_914_776_192),  # "15.29B, 2.24B" without embedding and head
+    "v3_2_exp": (671_877_944_064, 38_403_822_336),  # V3's and 61 indexers of 13,959,424 parameters
     "kimi_k2": (1_026_408_232_448, 32_861_500_928),  # "1T, 32B"
     "kimi_k2_as_v3": (1_026_408_232_448, 32_861_500_928),
     "kimi_k2_as_v3_beta32": (1_026_408_232_448, 32_861_500_928),
@@ -50,9 +51,38 @@ def test_moonlight_counts_as_its_paper_does():
     assert round((cost.num_parameters(config, active=True) - tables) / 1e9, 2) == 2.24
 
 
-def test_v32_is_refused_by_name_and_so_is_its_indexer():
-    assert refusal(CONFIGS["v3_2_exp"]).startswith("model_type='deepseek_v32': only deepseek_v3 and deepseek_v2")
+V32 = CONFIGS["v3_2_exp"]
+
+
+def test_v32_is_v3_with_an_indexer():
+    config = ModelConfig.from_hf(V32)
+    assert (config.index_topk, config.index_n_heads, config.index_head_dim) == (2048, 64, 128)
+    assert config.replace(index_topk=None) == ModelConfig.from_hf(CONFIGS["v3_1"])
+    # config.json repeats transformers' defaults here; the preset has the paper's values of V3 (FACTS.md section 1)
+    assert config.replace(initializer_range=0.006) == ModelConfig.preset("v3_2")
+    written = json.loads(json.dumps(config.to_hf()))
+    assert written["architectures"] == V32["architectures"] and written["model_type"] == V32["model_type"]
+    assert ModelConfig.from_hf(written) == config
+
+
+def test_an_indexer_is_read_in_v32_only_and_must_be_named_there():
     assert refusal(V3 | {"index_topk": 2048}) == "index_topk=2048: only null can be read"
+    assert refusal(V2 | {"index_n_heads": 64}) == "index_n_heads=64: only null can be read"
+    for name in ("index_topk", "index_n_heads", "index_head_dim"):
+        lacks = f"config.json lacks {name!r}, which a deepseek_v32 model needs"
+        assert refusal({key: value for key, value in V32.items() if key != name}) == lacks
+    glm = {"model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"]}  # its indexer rotates pairs
+    assert refusal(V32 | glm).startswith("model_type='glm_moe_dsa': ")
+    assert not any(name.startswith("index_") for name in ModelConfig.from_hf(V3).to_hf())
+
+
+def test_the_layers_that_transformers_lists_for_v32_must_be_those_of_the_numbers():
+    dense, layers = 3, 61
+    listed = {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (layers - dense)}
+    listed |= {"layer_types": ["indexed_attention"] * layers}
+    assert ModelConfig.from_hf(V32 | listed) == ModelConfig.from_hf(V32)
+    for name, value in (("mlp_layer_types", ["sparse"] * layers), ("layer_types", ["full_attention"] * layers)):
+        assert refusal(V32 | {name: value}).startswith(f"{name}=")
 
 
 def test_kimi_k2_keeps_pairs_to_19_and_interpolates_from_20():
@@ -66,7 +96,7 @@ def test_type_of_another_name_is_read_by_its_architecture():
     assert ModelConfig.from_hf(KIMI) == read
     for fields in ({"architectures": ["LlamaForCausalLM"]}, {"architectures": None}, {"model_type": "llama"}):
         assert refusal(KIMI | fields).startswith("model_type=")
-    assert refusal(V3 | {"architectures": ["DeepseekV32ForCausalLM"]}).startswith("model_type='deepseek_v3': only")
+    assert refusal(V3 | {"architectures": ["DeepseekV4ForCausalLM"]}).startswith("model_type='deepseek_v3': only")
 
 
 def test_v3_cut_to_fewer_layers_has_dense_layers_only():

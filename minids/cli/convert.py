@@ -21,7 +21,7 @@ def run(command: str, arguments: list[str]) -> None:
 
 
 def export_command(run: Positional[Path], directory: Positional[Path], fp8: bool = False) -> None:
-    """Write the model of a run as a Hugging Face DeepSeek-V3 folder, which transformers loads.
+    """Write the model of a run as a Hugging Face DeepSeek-V3 or V3.2 folder, which transformers loads.
 
     Args:
         run: Folder of the run to export.
@@ -31,11 +31,12 @@ def export_command(run: Positional[Path], directory: Positional[Path], fp8: bool
     model, tokenizer = load_run(run)
     replaced = ", in place of an earlier export" if (directory / CONFIG).exists() else ""
     save_pretrained(model, directory, fp8=fp8, tokenizer=tokenizer)
-    print(f"{directory} holds {model.num_parameters(mtp=True):,} parameters as DeepseekV3ForCausalLM{replaced}")
+    name = "DeepseekV3ForCausalLM" if model.config.index_topk is None else "DeepseekV32ForCausalLM"
+    print(f"{directory} holds {model.num_parameters(mtp=True):,} parameters as {name}{replaced}")
 
 
 def import_command(directory: Positional[Path], name: Positional[str], tokenizer: str | None = None) -> None:
-    """Convert a Hugging Face DeepSeek-V2 or V3 folder to a run, to generate text with it or to continue its training.
+    """Convert a Hugging Face DeepSeek-V2, V3 or V3.2 folder to a run, to generate text or to continue its training.
 
     Args:
         directory: Folder with config.json, safetensors, and tokenizer.json: a release, or an export of minids.

@@ -20,7 +20,7 @@ COMMANDS = {
     "sample": "generate text with a trained model",
     "rl": "train a model with rule-based rewards, as R1-Zero",
     "r1": "train R1 stage by stage, and distil it",
-    "import": "convert a Hugging Face DeepSeek-V2 or V3 folder to a run",
+    "import": "convert a Hugging Face DeepSeek-V2, V3 or V3.2 folder to a run",
     "export": "convert a run's model to a Hugging Face folder",
     "cost": "print parameters, FLOPs, memory and rental cost of a config",
     "schedule": "check, simulate and draw a pipeline schedule",

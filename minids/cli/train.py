@@ -35,7 +35,7 @@ class Options:
     """Pre-train a model and store the run under runs/; on several devices, start it with torchrun -m minids train."""
 
     preset: str = "tiny"
-    """Preset of the model: nano, tiny, small, medium, v2_lite, v2 or v3; the --model options change single sizes."""
+    """Preset of the model: nano, tiny, small, medium, v2_lite, v2, v3, v3_2; the --model options change its sizes."""
     model: tyro.conf.AvoidSubcommands[ModelConfig] = dataclasses.field(default_factory=ModelConfig)
     """Sizes of the model, named as in Hugging Face's config.json; the tokenizer sets the vocabulary size."""
     recipe: tyro.conf.OmitArgPrefixes[Recipe] = dataclasses.field(default_factory=Recipe)

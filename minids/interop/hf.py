@@ -1,4 +1,4 @@
-"""Import and export of DeepSeek-V3 checkpoints in Hugging Face's format: config.json and safetensors.
+"""Import and export of DeepSeek-V3 and V3.2 checkpoints in Hugging Face's format: config.json and safetensors.
 
 Notable choices:
 - names, shapes and dtypes are checked from the files' headers before memory is allocated for the model;
@@ -27,7 +27,15 @@ from minids.config import ModelConfig
 from minids.data.tokenizer_base import Tokenizer
 from minids.files import atomic_directory, save_tensors
 from minids.fp8.formats import dequantize, quantize
-from minids.interop.names import BUFFER, EMBEDDING, across, released_in_fp8, released_tensors, shared_copies
+from minids.interop.names import (
+    BUFFER,
+    EMBEDDING,
+    across,
+    is_layer_matrix,
+    released_in_fp8,
+    released_tensors,
+    shared_copies,
+)
 from minids.model.transformer import MiniDS
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -56,8 +64,8 @@ def save_pretrained(
     there, in E4M3 with a float32 scale per block of 128 x 128 (FACTS.md section 5). Above `max_shard_bytes` the tensors
     are distributed over several files with an index. A `tokenizer` is written beside them.
     `directory` may be new, empty or an earlier export, which is replaced once the new one is complete. Raises
-    `ValueError` for any other directory and for a model that a DeepSeek-V3 config cannot express, `OSError` if writing
-    fails.
+    `ValueError` for any other directory and for a model that a DeepSeek-V3 or V3.2 config cannot express, `OSError` if
+    writing fails.
     """
     directory = Path(directory)
     if max_shard_bytes < 1:
@@ -93,7 +101,7 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     mtp: bool = True,
 ) -> MiniDS:
-    """Load a DeepSeek-V3 or V2 folder: a release (also in FP8), one saved by transformers, or an export of minids.
+    """Load a DeepSeek-V3, V3.2 or V2 folder: a release (also in FP8), one of transformers, or an export of minids.
 
     The model has the dtype of the stored embedding unless `dtype` is given; FP8 weights are dequantised to it. It has
     as many MTP modules as the files, or none if `mtp` is false; it shares embedding and head with them, so copies that
@@ -228,7 +236,7 @@ def _check_tensors(files: dict[str, Any], model: MiniDS, block: tuple[int, int] 
         raise ValueError(f"{EMBEDDING}: is missing; the files hold {other[0]}: remove the prefix from all names")
     scales = {}
     if block is not None:
-        for name in [name for name in shapes if "_proj" in name and _scale_name(name) in files]:
+        for name in [name for name in shapes if is_layer_matrix(name) and _scale_name(name) in files]:
             rows, columns = shapes[name]
             scales[_scale_name(name)] = [ceil(rows / block[0]), ceil(columns / block[1])]
     shapes |= scales

@@ -1,9 +1,9 @@
-"""Tensor names and layouts of DeepSeek's release for the parameters of a `MiniDS`.
+"""Tensor names and layouts of DeepSeek's releases for the parameters of a `MiniDS`.
 
 One table serves both directions: `released_tensors` returns views of the model's parameters under the released names;
 saving reads the views, loading writes into them. Two layouts differ: experts are stacked [expert, in, out] in minids
 and separate [out, in] in the release (the views are transposed), and the column halves of the MTP projection are
-swapped (`across`). RoPE rotates adjacent pairs (2i, 2i+1) in both, so no channels are permuted.
+swapped (`across`). MLA's RoPE rotates adjacent pairs (2i, 2i+1) in both, so no channels are permuted.
 """
 
 import re
@@ -25,6 +25,11 @@ BLOCK = {
     "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
     "attention.kv_up_proj.weight": "self_attn.kv_b_proj.weight",
     "attention.o_proj.weight": "self_attn.o_proj.weight",
+    "attention.indexer.q_proj.weight": "self_attn.indexer.wq_b.weight",
+    "attention.indexer.k_proj.weight": "self_attn.indexer.wk.weight",
+    "attention.indexer.k_norm.weight": "self_attn.indexer.k_norm.weight",
+    "attention.indexer.k_norm.bias": "self_attn.indexer.k_norm.bias",
+    "attention.indexer.head_weights": "self_attn.indexer.weights_proj.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn.gate_proj.weight": "mlp.gate_proj.weight",
     "ffn.up_proj.weight": "mlp.up_proj.weight",
@@ -74,9 +79,15 @@ def released_tensors(model: MiniDS) -> dict[str, Tensor]:
 def released_in_fp8(name: str) -> bool:
     """Whether DeepSeek's releases store a tensor in FP8 (docs/ERRATA.md): the matrices of attention and feed-forward.
 
-    The embedding, the head, the gate, the norms and the MTP projection are in BF16, the balancing bias in FP32.
+    The embedding, the head, the gate, the norms, the MTP projection and the indexer's head weights are in BF16, the
+    balancing bias in FP32.
     """
-    return "_proj" in name and not name.endswith(".eh_proj.weight")
+    return is_layer_matrix(name) and not name.endswith((".eh_proj.weight", ".weights_proj.weight"))
+
+
+def is_layer_matrix(name: str) -> bool:
+    """Whether a released name is that of a matrix of a layer but its gate: those that FP8 checkpoints may quantise."""
+    return "_proj" in name or name.endswith((".indexer.wq_b.weight", ".indexer.wk.weight"))
 
 
 def shared_copies(config: ModelConfig) -> dict[str, str]:

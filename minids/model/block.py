@@ -9,6 +9,7 @@ from minids.model.kv_cache import AttentionContext, Cache
 from minids.model.layers import RMSNorm, SwiGLU
 from minids.model.mla import MultiHeadLatentAttention
 from minids.model.moe import MoE, Routing
+from minids.model.sparse_attention import SparseLatentAttention
 
 
 class Block(nn.Module):
@@ -22,6 +23,8 @@ class Block(nn.Module):
         super().__init__()
         attention: type[MultiHeadLatentAttention | GroupedQueryAttention]
         attention = MultiHeadLatentAttention if config.attention == "mla" else GroupedQueryAttention
+        if config.index_topk is not None:
+            attention = SparseLatentAttention
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -6,10 +6,25 @@ positions, sequences of different lengths can share a batch, and a rollback only
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
+
+IndexStage = Literal["dense_warmup", "sparse"]
+
+
+class IndexerTraining:
+    """Training of the indexers in a forward pass (`sparse_attention`): the stage, and the loss of each layer that ran.
+
+    Attention is dense in the stage dense_warmup. Layers without an indexer add nothing. It is no dataclass, because
+    FSDP copies dataclasses that hold tensors with gradients, and a copy would keep the losses that are added to it.
+    """
+
+    def __init__(self, stage: IndexStage):
+        self.stage = stage
+        self.losses: list[Float[Tensor, ""]] = []
 
 
 @dataclass
@@ -24,6 +39,7 @@ class AttentionContext:
     positions: Int[Tensor, "batch seq"]
     rotation: Complex[Tensor, "batch seq 1 pairs"]
     mask: Float[Tensor, "batch 1 seq slots"] | None = None
+    indexer: IndexerTraining | None = None  # None outside of training, and in models without indexers
 
 
 Cache = Float[Tensor, "batch slots width"]

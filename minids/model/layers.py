@@ -1,4 +1,4 @@
-"""RMSNorm, the SwiGLU feed-forward (no layer has a bias), and a list of modules of one type."""
+"""RMSNorm, the SwiGLU feed-forward (no layer has a bias), and two kinds of modules without arithmetic of their own."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -43,6 +43,19 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class KeptInFloat32(nn.Module):
+    """A module whose own parameters and buffers stay in float32 when the model is cast to a type of 16 bits."""
+
+    def _apply(self, fn, recurse=True):
+        own = {name: tensor.data for name, tensor in (*self._parameters.items(), *self._buffers.items())}
+        super()._apply(fn, recurse)
+        for name, before in own.items():
+            tensor = getattr(self, name)
+            if torch.finfo(tensor.dtype).bits < 32:
+                tensor.data = before.to(tensor.device, torch.float32)
+        return self
 
 
 class ModuleList(nn.ModuleList, Generic[M]):

@@ -35,6 +35,18 @@ class Routing:
         return torch.bincount(self.experts.flatten(), minlength=self.scores.shape[-1])
 
 
+def sqrt_softplus(logits: Float[Tensor, "*tokens experts"]) -> Float[Tensor, "*tokens experts"]:
+    """Affinity of V4, sqrt(ln(1 + e^x)): about sqrt(x) for a large x, so it does not saturate as the sigmoid does."""
+    return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()  # the slope at 0 would be infinite
+
+
+AFFINITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits: logits.softmax(-1),
+    "sqrtsoftplus": sqrt_softplus,
+}
+
+
 class Router(nn.Module):
     """Choose k experts per token and compute their gate weights (V3 eq. 12-16; V2 section 2.2; FACTS.md section 3)."""
 
@@ -69,7 +81,7 @@ class Router(nn.Module):
         x = at_least_float32(x)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x, self.weight.to(x.dtype))
-        return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
+        return AFFINITIES[self.config.scoring_func](logits)
 
     def choose(self, scores: Float[Tensor, "batch seq experts"]) -> Int[Tensor, "batch seq k"]:
         """Choose the k experts with the highest biased scores within the best groups."""

@@ -2,6 +2,8 @@
 
 Notable choices: pre-norm residual layers; the first layers are dense, the others mixtures of experts; embedding and
 output head are separate matrices, which the MTP modules share; a forward pass changes no state but the given cache.
+What came after V3 is off unless the config asks for it: several residual streams (hyper_connections.py), and a memory
+that some layers read before their attention (engram.py).
 
 Dimensions in shape annotations and comments, in all of `minids.model`:
     batch             sequences in a batch (b)
@@ -13,9 +15,11 @@ Dimensions in shape annotations and comments, in all of `minids.model`:
     nope, rope        unrotated and rotated part of a query or key head; query_dim = nope + rope
     kv_rank, q_rank   widths of the key-value and the query latent of MLA
     entry, width      values cached per token and layer; in MLA kv_rank + rope
+    index_heads, index_dim   heads of the indexer of sparse attention, and their width
     pairs             pairs of channels that RoPE rotates, rope / 2
     experts, k        routed experts of a layer, and those chosen per token
     tokens, rows      batch * seq; copies of tokens sorted by expert, tokens * k
+    streams, n        residual streams of hyper-connections; without them the residual stream has no such dimension
 """
 
 from collections.abc import Iterable
@@ -27,13 +31,16 @@ from torch import Tensor, nn
 
 from minids.config import ModelConfig
 from minids.model.block import Block
-from minids.model.kv_cache import AttentionContext, KVCache
+from minids.model.engram import EngramLayers, new_history
+from minids.model.hyper_connections import CollapsingNorm, HyperBlock, HyperMTPModule, expand
+from minids.model.kv_cache import AttentionContext, IndexerTraining, KVCache
 from minids.model.layers import ModuleList, RMSNorm
 from minids.model.moe import Experts, Router, Routing, update_balance_bias
 from minids.model.mtp import MTPModule
 from minids.model.rope import rotations
 
-WRITES_TO_RESIDUAL = (".o_proj.weight", ".down_proj", ".down_proj.weight")  # matrices that write to the residual stream
+# Matrices that write to the residual stream.
+WRITES_TO_RESIDUAL = (".o_proj.weight", ".down_proj", ".down_proj.weight", ".value_proj.weight")
 
 
 @dataclass
@@ -41,9 +48,10 @@ class Output:
     """Output of a forward pass."""
 
     logits: Float[Tensor, "batch seq vocab"]
-    hidden: Float[Tensor, "batch seq dim"]  # residual stream before the final norm; input of MTP
+    hidden: Float[Tensor, "batch seq *streams dim"]  # residual stream before the final norm; input of MTP
     mtp_logits: list[Tensor] = field(default_factory=list)  # depth k = 1..D: [batch, seq - k, vocab]
     routings: list[Routing] = field(default_factory=list)  # one per MoE layer that ran; MTP modules last
+    indexer_losses: list[Tensor] = field(default_factory=list)  # one per layer with an indexer that is trained
 
     @property
     def tokens_per_expert(self) -> Int[Tensor, "layers experts"]:
@@ -54,40 +62,62 @@ class Output:
 
 
 class MiniDS(nn.Module):
-    """DeepSeek-V3 (FACTS.md sections 1 to 4); with other configs, DeepSeek-V2 or a dense baseline."""
+    """DeepSeek-V3 (FACTS.md sections 1 to 4); with other configs, DeepSeek-V2 or V3.2, or a dense baseline."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers, depths, several = config.num_hidden_layers, config.num_nextn_predict_layers, config.hc_mult > 1
         self.layers: ModuleList[Block] = ModuleList(
-            Block(config, dense=i < config.first_k_dense_replace) for i in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            HyperBlock(config, i < config.first_k_dense_replace, i) if several
+            else Block(config, dense=i < config.first_k_dense_replace)
+            for i in range(layers)
+        )  # fmt: skip
+        self.norm = CollapsingNorm(config) if several else RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.mtp: ModuleList[MTPModule] = ModuleList(MTPModule(config) for _ in range(config.num_nextn_predict_layers))
+        self.mtp: ModuleList[MTPModule] = ModuleList(
+            HyperMTPModule(config, layers + k) if several else MTPModule(config) for k in range(depths)
+        )
+        self.engram = EngramLayers(config) if config.engram is not None else None
         self.initialize()
 
-    def forward(self, tokens: Int[Tensor, "batch seq"], *, mtp: bool = False, cache: KVCache | None = None) -> Output:
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        *,
+        mtp: bool = False,
+        cache: KVCache | None = None,
+        indexer: IndexerTraining | None = None,
+    ) -> Output:
         """Compute the next-token logits at every position; with `mtp` also those of the MTP modules.
 
-        With a cache, `tokens` continue the cached sequences and are added to the cache. Raises `ValueError` if the
-        sequence exceeds the context length or the capacity of the cache.
+        With a cache, `tokens` continue the cached sequences and are added to the cache. With `indexer`, the indexers of
+        sparse attention add their losses to it. Raises `ValueError` if the sequence exceeds the context length or the
+        capacity of the cache.
         """
-        hidden, routings = self.trunk(tokens, cache)  # hidden [batch, seq, dim]
+        hidden, routings = self.trunk(tokens, cache, indexer)  # hidden [batch, seq, dim]
         out = Output(self.logits(hidden), hidden, routings=routings)
         if mtp:
-            self._predict_further(tokens, out)
+            self._predict_further(tokens, out, indexer)
+        if indexer is not None:
+            out.indexer_losses = indexer.losses
         return out
 
     def trunk(
-        self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None
-    ) -> tuple[Float[Tensor, "batch seq dim"], list[Routing]]:
+        self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None, indexer: IndexerTraining | None = None
+    ) -> tuple[Float[Tensor, "batch seq *streams dim"], list[Routing]]:
         """Run all layers; return the residual stream before the final norm, and the routing of every MoE layer."""
         x = self.embedding(tokens)  # [batch, seq, dim]
-        context = self.attention_context(tokens, cache)
+        if self.config.hc_mult > 1:
+            x = expand(x, self.config.hc_mult)  # [batch, seq, n, dim]
+        context = self.attention_context(tokens, cache, indexer)
+        if self.engram is not None:
+            ngrams = self.engram.ngrams(tokens, context, None if cache is None else cache.layers[-1])
         routings = []
         for i, layer in enumerate(self.layers):
+            if self.engram is not None:
+                x = self.engram(i, x, ngrams)
             x, routing = layer(x, context, cache and cache.layers[i])
             if routing is not None:
                 routings.append(routing)
@@ -95,11 +125,13 @@ class MiniDS(nn.Module):
             cache.advance(tokens.shape[1])
         return x, routings
 
-    def logits(self, hidden: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq vocab"]:
+    def logits(self, hidden: Float[Tensor, "batch seq *streams dim"]) -> Float[Tensor, "batch seq vocab"]:
         """Apply the final norm and the output head to the residual stream after the last layer."""
         return self.head(self.norm(hidden))
 
-    def attention_context(self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None) -> AttentionContext:
+    def attention_context(
+        self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None, indexer: IndexerTraining | None = None
+    ) -> AttentionContext:
         """Compute positions, rotations and mask of tokens that continue `cache`, or start at position 0 without one."""
         batch, seq = tokens.shape
         longest = seq + (cache.longest if cache is not None else 0)
@@ -115,21 +147,30 @@ class MiniDS(nn.Module):
             mask = torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)
         sequence = torch.arange(batch, device=tokens.device)[:, None]
         rotation = rotations(self.config, positions, self.layers[0].attention.rope_dim, dtype)
-        return AttentionContext(sequence, positions, rotation, mask)
+        return AttentionContext(sequence, positions, rotation, mask, indexer)
 
-    def _predict_further(self, tokens: Int[Tensor, "batch seq"], out: Output) -> None:
+    def _predict_further(
+        self, tokens: Int[Tensor, "batch seq"], out: Output, indexer: IndexerTraining | None = None
+    ) -> None:
         """Run MTP depth k on positions 0..T-k-1: input token i+k, predicted token i+k+1 (V3 eq. 21-23)."""
         hidden = out.hidden
         for k, module in enumerate(self.mtp[: tokens.shape[1] - 1], start=1):
             following = tokens[:, k:]  # [batch, seq - k]
-            hidden, routing = module(hidden[:, :-1], self.embedding(following), self.attention_context(following))
+            context = self.attention_context(following, indexer=indexer)
+            hidden, routing = module(hidden[:, :-1], self.embedding(following), context)
             out.mtp_logits.append(self.head(module.norm(hidden)))
             if routing is not None:
                 out.routings.append(routing)
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
-        """Allocate a cache of the layers for `batch` sequences of at most `slots` tokens."""
-        return self._cache_of(self.layers, batch, slots)
+        """Allocate a cache of the layers for `batch` sequences of at most `slots` tokens.
+
+        Where layers read n-grams, the tokens are cached too, as one more layer.
+        """
+        cache = self._cache_of(self.layers, batch, slots)
+        if self.engram is not None:
+            cache.layers.append(new_history(batch, slots, self.head.weight.device))
+        return cache
 
     def new_mtp_cache(self, batch: int, slots: int) -> KVCache:
         """Allocate a cache of the MTP modules, with one layer per module."""
@@ -159,7 +200,9 @@ class MiniDS(nn.Module):
     def num_active_parameters(self) -> int:
         """Count the parameters of the main model that one token uses, embedding and head too (FACTS.md section 1.1)."""
         routed = sum(p.numel() for m in self.layers.modules() if isinstance(m, Experts) for p in m.parameters())
-        return self.num_parameters() - routed + routed * self.config.num_experts_per_tok // self.config.n_routed_experts
+        unread = 0 if self.engram is None else self.engram.num_idle_parameters()
+        total = self.num_parameters() - unread
+        return total - routed + routed * self.config.num_experts_per_tok // self.config.n_routed_experts
 
     def precision_report(self) -> dict[str, str]:
         """Map the name of every module with parameters of its own to the precision in which it computes."""

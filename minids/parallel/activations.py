@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from minids.config import ModelConfig
 from minids.data.batches import Batch
 from minids.fp8.linear import convert_to_fp8
+from minids.model.kv_cache import IndexerTraining
 from minids.model.moe import AllExpertsHere, Experts
 from minids.model.rope import rotary_frequencies
 from minids.model.transformer import MiniDS
@@ -69,7 +70,8 @@ def activation_bytes(
                 return losses(model, out, batch, LossDenominators(1, 1)).total(recipe.mtp_weight)
 
             if schedule is None:
-                return kept_bytes(model, recipe, lambda: loss(model(text[:, :-1], mtp=bool(recipe.mtp_weight)), batch))
+                mtp, indexer = bool(recipe.mtp_weight), IndexerTraining(recipe.index_stage)
+                return kept_bytes(model, recipe, lambda: loss(model(text[:, :-1], mtp=mtp, indexer=indexer), batch))
             stages = [Stage(model, i, schedule.stages) for i in range(schedule.stages)]
             x = torch.zeros(rows, recipe.seq_len, config.hidden_size, requires_grad=True)
             tokens_per_expert = torch.zeros(len(model.routers()), config.n_routed_experts, dtype=torch.int64)

@@ -93,12 +93,17 @@ class Layout:
     def _obstacle(self, config: ModelConfig, recipe: Recipe, world: int) -> str | None:
         try:
             require(self.world == world, "pp * dp * ep", self.world, f"must be the {world} processes")
+            require(recipe.qk_clip is None, "qk_clip", recipe.qk_clip, "is for training in one process")
             moe, experts = config.num_moe_layers > 0, config.n_routed_experts
             require(self.ep == 1 or moe, "ep", self.ep, "there are no experts")
             require(experts % self.ep == 0, "ep", self.ep, f"must divide the {experts} experts of a layer")
             rows, rule = recipe.batch_size, f"must be divided evenly over dp * ep = {self.replicas} ranks"
             require(rows % self.replicas == 0, "batch_size", rows, rule)
+            alone = world == 1 or recipe.index_stage == "sparse"
+            require(alone, "index_stage", recipe.index_stage, "a warm-up of the indexers runs in one process")
             if self.pp > 1:
+                for name, value in (("hc_mult", 1), ("engram", None), ("index_topk", None)):
+                    require(getattr(config, name) == value, name, getattr(config, name), f"a pipeline has {value} only")
                 layers, stages = config.num_hidden_layers, self.pipeline(recipe).stages
                 require(layers >= stages, "num_hidden_layers", layers, f"must be at least the {stages} stages")
                 without_mtp = recipe.mtp_weight == 0 and config.num_nextn_predict_layers > 0

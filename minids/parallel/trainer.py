@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from minids import cost
+from minids.config import require
 from minids.data.batches import Batch
 from minids.files import atomic_directory, save_tensors
 from minids.fp8.linear import convert_to_fp8
@@ -92,6 +93,8 @@ class ParallelTrainer(Trainer):
         profile: bool = False,
     ):
         layout.check(model.config, recipe, dist.get_world_size())
+        rule = "a warm-up of the indexers runs without torchrun"  # FSDP reduces no gradients where outputs have none
+        require(recipe.index_stage == "sparse", "index_stage", recipe.index_stage, rule)
         self.layout, self.writes_files, self.profile = layout, dist.get_rank() == 0, profile
         if recipe.precision == "fp8":
             convert_to_fp8(model)
@@ -124,7 +127,7 @@ class ParallelTrainer(Trainer):
             sums, tokens_per_expert = super().backward(mine, mtp_weight, denominators)
         else:
             sums, tokens_per_expert = self._run_pipeline(mine, mtp_weight, denominators)
-        values = torch.stack([sums.main, sums.mtp, sums.balance])
+        values = torch.stack([sums.main, sums.mtp, sums.balance, sums.indexer])
         dist.all_reduce(values, group=self.data_group)
         if tokens_per_expert is not None:
             dist.all_reduce(tokens_per_expert, group=self.data_group)
@@ -147,7 +150,8 @@ class ParallelTrainer(Trainer):
         total, tokens_per_expert, _ = self.pipeline.step([micro.tokens[:, :-1] for micro in micros], micros)
         dist.all_reduce(loss_sums, group=self.pipeline.group)
         main, mtp, without_balance = loss_sums
-        return Losses(main, mtp, total - without_balance), tokens_per_expert if len(tokens_per_expert) else None
+        none = torch.zeros_like(main)  # a pipeline trains no indexers (`Layout.check`)
+        return Losses(main, mtp, total - without_balance, none), tokens_per_expert if len(tokens_per_expert) else None
 
     def rows(self, batch: Batch) -> Batch:
         """Return this rank's rows, padded with rows without targets to a multiple of the ranks."""

@@ -194,4 +194,4 @@ class LogitTrainer(SFTTrainer):
         loss = distillation_loss(out.logits[answered], teacher_logits) / denominators.targets
         loss.backward()
         none = loss.new_zeros(())
-        return Losses(loss.detach(), none, none), out.tokens_per_expert if out.routings else None
+        return Losses(loss.detach(), none, none, none), out.tokens_per_expert if out.routings else None

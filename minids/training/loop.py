@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minids.config import ModelConfig
 from minids.model.transformer import MiniDS
 from minids.training.checkpoint import (
     checkpoints,
@@ -147,7 +148,7 @@ class Loop(ABC):
     def load(self, folder: Path) -> None:
         """Restore the state of a checkpoint. Raises `ValueError` if it is damaged or of another config or recipe."""
         state = read_state(folder)
-        if state["config"] != self.model.config.to_dict():
+        if ModelConfig.from_dict(state["config"]) != self.model.config:  # fields that are newer have their defaults
             raise ValueError(f"{folder} is of a model with another config: resume with the config of the run")
         for name, value in dataclasses.asdict(self.recipe).items():
             was = state["recipe"].get(name, value)
@@ -175,7 +176,7 @@ class Loop(ABC):
         """Set the learning rate, call `step()` and `zero_grad()` on every optimizer."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group.get("lr_factor", 1.0)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -1,4 +1,4 @@
-"""Training losses (next-token prediction, multi-token prediction, load balance), and bits per byte."""
+"""Training losses (next-token prediction, multi-token prediction, load balance, indexers), and bits per byte."""
 
 import math
 from collections.abc import Iterable
@@ -46,30 +46,38 @@ class Losses:
     main: Float[Tensor, ""]
     mtp: Float[Tensor, ""]
     balance: Float[Tensor, ""]
+    indexer: Float[Tensor, ""]
 
     def __add__(self, other: "Losses") -> "Losses":
-        return Losses(self.main + other.main, self.mtp + other.mtp, self.balance + other.balance)
+        balance, indexer = self.balance + other.balance, self.indexer + other.indexer
+        return Losses(self.main + other.main, self.mtp + other.mtp, balance, indexer)
 
     def detach(self) -> "Losses":
         """Return the same values without gradient."""
-        return Losses(self.main.detach(), self.mtp.detach(), self.balance.detach())
+        return Losses(self.main.detach(), self.mtp.detach(), self.balance.detach(), self.indexer.detach())
 
     def total(self, mtp_weight: float) -> Float[Tensor, ""]:
-        """Loss to minimise: main + lambda * MTP + balance (V3 eq. 25; the balance factors are in the config)."""
-        return self.main + mtp_weight * self.mtp + self.balance
+        """Loss to minimise: main + lambda * MTP + balance (V3 eq. 25; the balance factors are in the config) + indexer.
+
+        No parameter has a gradient from both the indexers' loss and another one.
+        """
+        return self.main + mtp_weight * self.mtp + self.balance + self.indexer
 
 
 def losses(model: MiniDS, out: Output, batch: Batch, denominators: LossDenominators) -> Losses:
     """Compute the losses of `out = model(batch.tokens[:, :-1], mtp=True)`, in nats per target.
 
     Main: mean over the targets. MTP: mean over depths, each divided by the number of targets of the main loss although
-    it has fewer (V3 eq. 24). Balance: sum over layers, mean over sequences.
+    it has fewer (V3 eq. 24). Balance: sum over layers, mean over sequences. Indexers: sum over layers, mean over all
+    queries.
     """
     main = _summed_cross_entropy(out.logits, targets(batch)) / denominators.targets
     depths = [_summed_cross_entropy(logits, targets(batch, k)) for k, logits in enumerate(out.mtp_logits, start=1)]
     mtp = sum(depths, main.new_zeros(())) / (denominators.targets * max(len(depths), 1))
     balance = sum((balance_loss(routing, model.config) for routing in out.routings), main.new_zeros(()))
-    return Losses(main, mtp, balance * len(batch.tokens) / denominators.sequences)
+    indexer = sum(out.indexer_losses, main.new_zeros(()))
+    rows, sequences = len(batch.tokens), denominators.sequences
+    return Losses(main, mtp, balance * rows / sequences, indexer * rows / sequences)
 
 
 def _summed_cross_entropy(

@@ -15,7 +15,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 def training_bytes(config: ModelConfig, recipe: Recipe) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer states, without activations and without MTP modules if not trained."""
     count = cost.num_parameters(config) + (cost.mtp_parameters(config) if recipe.mtp_weight else 0)
-    moments = 4 if recipe.moments == "bf16" or recipe.optimizer == "muon" else 8  # Muon has one, AdamW two
+    moments = 4 if recipe.moments == "bf16" or recipe.optimizer != "adamw" else 8  # Muon has one, AdamW two
     return cost.zero_bytes_per_gpu(count, 1, 0, weight=4, gradient=4, optimizer=moments)
 
 

@@ -1,11 +1,15 @@
-"""Optimizers: AdamW, with moments in FP32 or BF16, and Muon for the two-dimensional matrices of the layers."""
+"""Optimizers: AdamW, with moments in FP32 or BF16, and Muon for the matrices of the layers."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minids.model.transformer import MiniDS
+from minids.training.muon import Muon
+
+ENGRAM_TABLE = ".table.weight"
 
 
 class AdamWWithBF16Moments(torch.optim.Optimizer):
@@ -50,23 +54,31 @@ def make_optimizers(
 
     `moments` is the dtype of AdamW's first and second moments, "fp32" or "bf16". Norm weights have no weight decay.
     `torch.optim.Muon` supports two-dimensional parameters only, so AdamW updates the stacked experts, and as usual
-    embedding and head. Betas are 0.9 and 0.95 as in V3 (FACTS.md section 7.1).
+    embedding and head. With kind "muon_v4" the experts too are Muon's, in the form that V4 has (`training.muon`).
+    The tables of an Engram have no weight decay and learn 5 times as fast, because a row has a gradient only when its
+    n-gram occurs (V4.1). Betas are 0.9 and 0.95 as in V3 (FACTS.md section 7.1).
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if _is_layer_matrix(name, p)] if kind == "muon" else []
-    rest = [p for name, p in trained if not (kind == "muon" and _is_layer_matrix(name, p))]
-    groups = [
+    dimensions = {"adamw": (), "muon": (2,), "muon_v4": (2, 3)}[kind]
+    matrices = [p for name, p in trained if p.ndim in dimensions and _is_layer_matrix(name)]
+    tables = [p for name, p in trained if name.endswith(ENGRAM_TABLE)]
+    rest = [p for p in model.parameters() if p.requires_grad and p not in {*matrices, *tables}]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
     ]
+    if tables:
+        groups.append({"params": tables, "weight_decay": 0.0, "lr": 5 * learning_rate, "lr_factor": 5.0})
     adamw = AdamWWithBF16Moments if moments == "bf16" else functools.partial(torch.optim.AdamW, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)]
-    if matrices:
+    if kind == "muon_v4":
+        optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=weight_decay))
+    elif matrices:
         # Updates are scaled to the RMS of AdamW's, so that both use the same learning rate.
         muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     return optimizers
 
 
-def _is_layer_matrix(name: str, p: nn.Parameter) -> bool:
-    return p.ndim == 2 and not name.startswith(("embedding", "head"))
+def _is_layer_matrix(name: str) -> bool:
+    return not name.startswith(("embedding", "head")) and not name.endswith(ENGRAM_TABLE)

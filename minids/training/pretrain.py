@@ -15,17 +15,21 @@ from typing import Any, Literal
 
 import torch
 
-from minids.config import ModelConfig, check_fields
+from minids.config import ModelConfig, check_fields, require
 from minids.data.batches import Batch, BatchStream, TokenizedCorpus, evaluation_batches
 from minids.data.tokenizer import Tokenizer
 from minids.fp8.linear import convert_to_fp8
+from minids.model.engram import merged_tokens
+from minids.model.kv_cache import IndexerTraining, IndexStage
 from minids.model.moe import max_violation
+from minids.model.sparse_attention import set_trained_parameters
 from minids.model.transformer import MiniDS
 from minids.training.loop import Diverged, Loop
 from minids.training.loss import LossDenominators, Losses, bits_per_byte, losses
 from minids.training.lr_schedule import LRSchedule
 from minids.training.metrics import Metrics
 from minids.training.optimizer import make_optimizers
+from minids.training.qk_clip import QKClip
 
 
 @dataclass(frozen=True)
@@ -48,20 +52,25 @@ class Recipe:
     """Peak learning rate; lower it for larger models, or if training diverges."""
     warmup_steps: int = 30
     """Steps of linear warm-up to the peak learning rate."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw for all parameters, or muon for the two-dimensional matrices of the layers and adamw for the others."""
+    optimizer: Literal["adamw", "muon", "muon_v4"] = "adamw"
+    """adamw for all parameters, or muon for the two-dimensional matrices of the layers and adamw for the others;
+    muon_v4 is V4's Muon, with ten Newton-Schulz steps, and takes the experts too."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Dtype of AdamW's first and second moments (V3 uses bf16)."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices, multiplied by the learning rate; norm weights have none."""
     clip_norm: float = 1.0
     """Maximum of the global gradient norm; larger gradients are scaled down to it."""
+    qk_clip: float | None = None
+    """Threshold of QK-Clip: heads with a larger attention logit get smaller query and key matrices; None for none."""
     mtp_weight: float = 0.3
     """Weight of the multi-token prediction loss, divided by 3 when the learning rate decays; 0 skips MTP modules."""
     balance_speed: float = 0.001
     """Change of a router bias per step toward balanced load; 0 freezes the biases, as in the last part of the run."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """Precision of the matrix products: fp32, bf16 (autocast) or fp8 (emulated on CPUs); weights stay in fp32."""
+    index_stage: IndexStage = "sparse"
+    """Stage of a model with index_topk: dense_warmup trains its indexers alone, on dense attention; sparse all."""
     seed: int = 0
     """Seed of the initial weights and the order of the data."""
     evaluate_every: int = 100
@@ -103,6 +112,10 @@ def check(config: ModelConfig, data: TextData, recipe: Recipe) -> None:
         raise ValueError(f"seq_len={recipe.seq_len}: the context holds {config.max_position_embeddings}")
     if data.tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"vocab_size={config.vocab_size}: the tokenizer has {data.tokenizer.vocab_size} tokens")
+    if recipe.index_stage == "dense_warmup":
+        rule = "needs a model with indexers, so an index_topk"
+        require(config.index_topk is not None, "index_stage", recipe.index_stage, rule)
+        require(recipe.qk_clip is None, "qk_clip", recipe.qk_clip, "must be None where all but the indexers is frozen")
     training_batches(data, recipe)  # raises an error for text that is too short
     validation_batches(data, recipe)
 
@@ -114,7 +127,13 @@ class Trainer(Loop):
         check(model.config, data, recipe)
         if recipe.precision == "fp8":
             convert_to_fp8(model)
+        if model.engram is not None:
+            words = [data.tokenizer.decode([i], skip_special=False) for i in range(data.tokenizer.vocab_size)]
+            model.engram.merge(merged_tokens(words))
+        if model.config.index_topk is not None:
+            set_trained_parameters(model, recipe.index_stage)
         optimizers = make_optimizers(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.moments)
+        self.qk_clip = QKClip(model, recipe.qk_clip) if recipe.qk_clip is not None else None
         super().__init__(model, recipe, optimizers)
         self.data, self.schedule = data, LRSchedule(recipe.steps, recipe.warmup_steps)
         self.stream = training_batches(data, recipe)
@@ -132,7 +151,8 @@ class Trainer(Loop):
         recipe, began = self.recipe, time.perf_counter()
         mtp_weight = recipe.mtp_weight / (3 if self.schedule.is_falling(self.step) else 1)
         learning_rate = recipe.learning_rate * self.schedule.learning_rate_factor(self.step)
-        balance_speed = 0.0 if self.schedule.has_fallen(self.step) else recipe.balance_speed
+        frozen = recipe.index_stage == "dense_warmup" or self.schedule.has_fallen(self.step)
+        balance_speed = 0.0 if frozen else recipe.balance_speed
 
         self.model.train()
         sums, tokens_per_expert = self.backward(next(self.stream), mtp_weight)
@@ -145,6 +165,7 @@ class Trainer(Loop):
             )
 
         self.optimizer_step(learning_rate)
+        largest_logit = self.qk_clip.step() if self.qk_clip is not None else None
         self.step += 1
         metrics = {
             "step": self.step,
@@ -154,6 +175,10 @@ class Trainer(Loop):
             "learning_rate": learning_rate,
             "gradient_norm": norm,
         }
+        if self.model.config.index_topk is not None:
+            metrics["indexer_loss"] = sums.indexer.item()
+        if largest_logit is not None:
+            metrics["max_attention_logit"] = largest_logit
         if tokens_per_expert is not None:
             self.model.update_balance_bias(tokens_per_expert, balance_speed)
             metrics["max_violation"] = max_violation(tokens_per_expert).mean().item()
@@ -173,7 +198,8 @@ class Trainer(Loop):
         parts, counts = [], []
         for micro in batch.to(device).micro_batches(self.recipe.micro_batch_size or len(batch.tokens)):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-                out = self.model(micro.tokens[:, :-1], mtp=bool(mtp_weight))
+                indexer = IndexerTraining(self.recipe.index_stage)
+                out = self.model(micro.tokens[:, :-1], mtp=bool(mtp_weight), indexer=indexer)
             part = losses(self.model, out, micro, denominators)
             part.total(mtp_weight).backward()
             parts.append(part.detach())

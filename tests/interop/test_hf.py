@@ -38,7 +38,7 @@ def test_released_v2_lite_config():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("model_type", "llama", "model_type='llama': only deepseek_v3 and deepseek_v2"),
+        ("model_type", "llama", "model_type='llama': only deepseek_v3, deepseek_v32 and deepseek_v2"),
         ("model_type", None, "model_type=None"),
         ("tie_word_embeddings", True, "tie_word_embeddings=True"),
         ("attention_bias", True, "attention_bias=True"),

@@ -255,7 +255,7 @@ def test_prefill_of_an_empty_cache_needs_no_mask_and_is_bit_equal(seq, monkeypat
     model, tokens = model_of("as V3").float(), random_tokens(2, seq)
     context = MiniDS.attention_context
 
-    def masked(self, tokens, cache=None):
+    def masked(self, tokens, cache=None, indexer=None):
         found = context(self, tokens, cache)
         assert found.mask is None
         later = torch.full((tokens.shape[1],) * 2, -torch.inf).triu(1)

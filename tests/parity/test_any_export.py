@@ -49,6 +49,8 @@ def configs(draw):
         n_shared_experts=draw(st.integers(0, 2)), num_experts_per_tok=draw(st.integers(1, kept * per_group)),
         n_group=groups, topk_group=kept, norm_topk_prob=draw(st.booleans()),
         routed_scaling_factor=draw(st.sampled_from([0.5, 1, 2.5])),
+        index_topk=draw(st.sampled_from([None, None, 6, 99])), index_n_heads=draw(st.integers(16, 20)),
+        index_head_dim=draw(st.sampled_from([16, 19])),
     )  # fmt: skip
     try:
         return ModelConfig(**fields)
