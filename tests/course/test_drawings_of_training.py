@@ -10,6 +10,8 @@ from minids.course.drawings.mesh import mesh
 from minids.course.drawings.pipeline import bubble, dual, fold
 from minids.course.drawings.r1_stages import distillation, r1_stages
 from minids.course.drawings.rl_loop import ppo_and_grpo, rl_loop
+from minids.course.drawings.training import packing
+from minids.course.exercises.chapter05 import pack
 from minids.course.overlap import overlap
 from minids.parallel.dualpipe import dualpipe
 from minids.parallel.layout import Layout
@@ -80,3 +82,14 @@ def test_tiles_are_counted_from_the_config():
 
 def test_r1_scores_agree_between_the_two_drawings():
     assert r1_stages().boxes["R1"].shape == distillation().boxes["R1"].shape == "AIME 79.8"
+
+
+@pytest.mark.parametrize("lengths, seq_len", [((3, 1, 3), 4), ((2, 5), 3)])
+def test_packing_draws_the_rows_and_labels_of_the_exercise(lengths, seq_len):
+    boxes, values = packing(lengths, seq_len).boxes, iter(range(1, 99))
+    documents = [[100, *(next(values) for _ in range(length)), 101] for length in lengths]
+    drawn = {"bos": 100, "eos": 101, "−100": -100}
+    for part, expected in zip(("input", "label"), pack(documents, seq_len, 0), strict=True):
+        for r, row in enumerate(expected.tolist()):
+            labels = [boxes[f"{part} {r} {j}"].label for j in range(seq_len)]
+            assert [drawn[label] if label in drawn else int(label) for label in labels] == row

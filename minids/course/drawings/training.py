@@ -58,3 +58,38 @@ def _schedule(
         place = left + width * part
         d.axes.plot((place, place), (bottom - 0.1, bottom + height), color=MUTED, linewidth=0.8, linestyle=":")
         d.note(place - back, bottom + up, words, align=align)
+
+
+def packing(lengths: tuple[int, ...] = (3, 1, 3), seq_len: int = 4) -> Diagram:
+    """Draw how documents of `lengths` tokens become rows of `seq_len` inputs, and which labels are ignored."""
+    tokens, owner, value = [], [], iter(range(1, sum(lengths) + 1))
+    for document, length in enumerate(lengths):
+        tokens += ["bos", *(str(next(value)) for _ in range(length)), "eos"]
+        owner += [document] * (length + 2)
+    starts = range(0, len(tokens) - seq_len, seq_len)
+    d = Diagram(
+        1.2 * len(tokens) + 1.4,
+        3.6 + 1.15 * len(starts),
+        "Packing: documents end to end, cut into rows of equal length",
+    )
+    top = 2.1 + 1.15 * len(starts)
+    left = 0
+    for document, length in enumerate(lengths):
+        edge = 0.75 + 1.2 * left
+        d.frame(edge, top - 0.55, edge + 1.2 * (length + 2) - 0.1, top + 1.0, f"document {document + 1}")
+        left += length + 2
+    for i, token in enumerate(tokens):
+        d.box(f"token {i}", 1.3 + 1.2 * i, top, token, "", "tensor", 1.0)
+    for r, start in enumerate(starts):
+        y = top - 1.9 - 1.15 * r
+        d.note(0.2, y, f"row {r + 1}", align="left", strong=True)
+        for j in range(seq_len):
+            d.box(f"input {r} {j}", 2.9 + 1.2 * j, y, tokens[start + j], "", "tensor", 1.0)
+            kept = owner[start + j] == owner[start + j + 1]
+            label = tokens[start + j + 1] if kept else "−100"
+            x = 2.9 + 1.2 * (j + seq_len + 1.6)
+            d.box(f"label {r} {j}", x, y, label, "", "tensor" if kept else "idle", 1.0)
+        d.arrow(f"input {r} {seq_len - 1}", f"label {r} 0")
+    d.note(2.3, top - 1.05, f"inputs: {seq_len} tokens", align="left")
+    d.note(2.3 + 1.2 * (seq_len + 1.6), top - 1.05, "labels: one token later; dashed ones are ignored", align="left")
+    return d

@@ -1,4 +1,4 @@
-"""Exercises of chapter 5: merges, packing, bits per byte, V3's schedule, a scaling law, and a test for micro-batches.
+"""Exercises of chapter 5: a smaller vocabulary, packing, bits per byte, a schedule, a law, micro-batches.
 
 Tokens are lists of ids where a text is split, and tensors where they are inputs of a network. Beyond its arguments, the
 keywords of a reference change one step of it, for the known mistakes and the planted bugs.
@@ -12,54 +12,48 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from minids.course.checks import Bug, Function, SpotTheBug
+from minids.course.checks import Bug, Experiment, Function, OpenTask, SpotTheBug
 from minids.course.exercises.mistakes import Changes, variants
 from minids.training.loss import IGNORED
 
 # 5.1 BPE ------------------------------------------------------------------------------------------------------------
 
 
-def encode(
-    data: bytes, merges: Sequence[tuple[int, int]], *,
-    newest_first: bool = False, first_only: bool = False, from_the_right: bool = False, first_id: int = 256,
+def shrink(
+    ids: Sequence[int], merges: Sequence[tuple[int, int]], keep: int, *,
+    first_kept: int = 256, deep: bool = True, swapped: bool = False, to_bytes: bool = False,
 ) -> list[int]:  # fmt: skip
-    """The ids of a word: merge number i makes id 256 + i of a pair, the oldest merges first."""
-    ids = list(data)
-    numbered = list(enumerate(merges, start=first_id))
-    for new, pair in reversed(numbered) if newest_first else numbered:
-        if from_the_right:
-            ids = join(ids[::-1], (pair[1], pair[0]), new, first_only)[::-1]
-        else:
-            ids = join(ids, pair, new, first_only)
-    return ids
+    """The same text in the vocabulary of the oldest `keep` merges; merge number i makes id 256 + i of a pair."""
+    limit = 256 if to_bytes else first_kept + keep
+
+    def split(i: int, again: bool = True) -> list[int]:
+        if i < limit or not again:
+            return [i]
+        pair = merges[i - 256]
+        return [part for half in (pair[::-1] if swapped else pair) for part in split(half, deep)]
+
+    return [part for i in ids for part in split(i)]
 
 
-def join(ids: list[int], pair: tuple[int, int], new: int, first_only: bool = False) -> list[int]:
-    out: list[int] = []
-    i = 0
-    while i < len(ids):
-        found = tuple(ids[i : i + 2]) == pair and not (first_only and new in out)
-        out.append(new if found else ids[i])
-        i += 1 + found
-    return out
-
-
-ENCODE_MISTAKES: Changes = {
-    "the newest merges come first": {"newest_first": True},
-    "a merge replaces only the first occurrence": {"first_only": True, "from_the_right": False},
-    "a merge goes from right to left": {"from_the_right": True},
-    "the new ids begin at 257, not at 256": {"first_id": 257, "newest_first": False},
+SHRINK_MISTAKES: Changes = {
+    "a token is split once, although its parts may be too new as well": {"deep": False},
+    "one merge too many is kept": {"first_kept": 257, "to_bytes": False},
+    "the last kept merge is undone too": {"first_kept": 255, "to_bytes": False},
+    "the second half of a pair comes first": {"swapped": True},
+    "all merges are undone, also those that are kept": {"to_bytes": True, "deep": True},
 }
 
 
-def merge_examples(g: Generator) -> list[tuple]:
+def shrink_examples(g: Generator) -> list[tuple]:
     a, b, c = b"abc"
+    merges = [(a, b), (256, c), (257, 256), (c, 258)]  # ab, abc, abcab, cabcab
     return [
-        (b"abcab", [(a, b), (256, c)]),
-        (b"aaaaa", [(a, a), (256, 256)]),
-        (b"abababc", [(b, a), (a, b), (257, c), (256, 256)]),
-        (b"", [(a, b)]),
-        (b"cab", []),
+        ([257, 257], merges[:2], 1),
+        ([259, 257, 256, a, 258], merges, 2),
+        ([259, 258, c], merges, 1),
+        ([258, 259, 257], merges, 0),
+        ([256, b, 258], merges, 4),
+        ([], merges, 2),
     ]
 
 
@@ -67,47 +61,48 @@ def merge_examples(g: Generator) -> list[tuple]:
 
 
 def pack(
-    documents: Sequence[Sequence[int]], seq_len: int, *,
-    shared: int = 1, mask: str = "document", shift: int = 1, ignored: int = IGNORED,
+    documents: Sequence[Sequence[int]], seq_len: int, depth: int, *,
+    shared: int = 0, mask: str = "document", shift: int = 1, ignored: int = IGNORED,
 ) -> tuple[Int[Tensor, "rows seq"], Int[Tensor, "rows seq"]]:  # fmt: skip
-    """Inputs and labels of all full rows; labels that belong to another document than their input are IGNORED."""
+    """Inputs and labels, `depth` + 1 places later, of all full rows; labels of another document are IGNORED."""
     stream = torch.tensor([token for document in documents for token in document])
     owner = torch.tensor([i for i, document in enumerate(documents) for _ in document])
-    after = owner[1:] != owner[:-1]  # entry i: token i + 1 belongs to another document than token i
+    ahead = depth + shift
+    reach = seq_len + depth + 1
+    rows, owners = (
+        stream.unfold(0, reach, seq_len + shared * (depth + 1)),
+        owner.unfold(0, reach, seq_len + shared * (depth + 1)),
+    )
+    inputs, labels = rows[:, :seq_len], rows[:, ahead : ahead + seq_len]
+    other = owners[:, depth + 1 : depth + 1 + seq_len]
     crosses = {
-        "document": after,
-        "none": torch.zeros_like(after),
-        "value of a document's last token": torch.isin(stream[:-1], torch.tensor([d[-1] for d in documents])),
-        "value of a document's first token": torch.isin(stream[1:], torch.tensor([d[0] for d in documents])),
-        "the last label of a document": torch.cat((after[1:], after[:1] & False)),
+        "document": other != owners[:, :seq_len],
+        "none": torch.zeros_like(other, dtype=torch.bool),
+        "the last step": other != owners[:, depth : depth + seq_len],
+        "value": torch.isin(inputs, torch.tensor([document[-1] for document in documents])),
     }[mask]
-    starts = range(0, len(stream) - seq_len, seq_len + 1 - shared)
-    inputs = torch.stack([stream[i : i + seq_len] for i in starts])
-    labels = torch.stack([stream[i + shift : i + shift + seq_len] for i in starts])
-    return inputs, labels.masked_fill(torch.stack([crosses[i : i + seq_len] for i in starts]), ignored)
+    return inputs, labels.masked_fill(crosses, ignored)
 
 
 PACK_MISTAKES: Changes = {
-    "neighbouring rows share no token, so that some tokens are no label": {"shared": 0},
+    "neighbouring rows share no token, so that some tokens are no label": {"shared": 1},
     "labels of other documents are kept": {"mask": "none", "ignored": IGNORED},
-    "the labels are the inputs": {"shift": 0},
-    "a label is masked wherever its input has the value of some document's last token": {
-        "mask": "value of a document's last token"
-    },
-    "a label is masked wherever it has the value of some document's first token": {
-        "mask": "value of a document's first token"
-    },
-    "the last label inside a document is masked, not the one after it": {"mask": "the last label of a document"},
+    "the labels are one place too early, so that those of depth 0 are the inputs": {"shift": 0},
+    "a label is compared with the token before it, not with its input": {"mask": "the last step"},
+    "a label is masked wherever its input has the value of some document's last token": {"mask": "value"},
     "masked labels are 0, not -100": {"ignored": 0},
 }
 
 
 def pack_examples(g: Generator) -> list[tuple]:
-    def example(lengths, seq_len, vocab=100):
-        return [torch.randint(vocab, (n,), generator=g).tolist() for n in lengths], seq_len
+    def example(lengths, seq_len, depth, vocab=100):
+        return [torch.randint(1, vocab, (n,), generator=g).tolist() for n in lengths], seq_len, depth
 
-    repeated = [[1, 2, 1, 3, 2], [2, 1, 1], [3, 1, 3, 2]], 4  # ids at a document's end also stand inside; 12 tokens
-    return [example((5, 3, 5), 4), repeated, example((9, 2, 2, 7), 3), example((1, 1, 11), 5, 3), example((20,), 6)]
+    repeated = [[1, 2, 1, 3, 2], [2, 1, 1], [3, 1, 3, 2]], 4, 1  # ids at a document's end also stand inside
+    return [
+        example((5, 3, 5), 4, 0), repeated, example((9, 2, 2, 7), 3, 1), example((1, 1, 11), 5, 2, 3),
+        example((20,), 6, 1),
+    ]  # fmt: skip
 
 
 # 5.3 Bits per byte --------------------------------------------------------------------------------------------------
@@ -143,60 +138,77 @@ def bits_examples(g: Generator) -> list[tuple]:
     return [example(2, 5, 7, 2), example(3, 4, 11, 1), example(4, 6, 3, 3)]
 
 
-# 5.4 V3's schedule --------------------------------------------------------------------------------------------------
+# 5.4 A schedule -----------------------------------------------------------------------------------------------------
 
 
 def learning_rate(
-    tokens: float, *,
-    begins: float = 10.0, ends: float = 14.3, goal: float = 2.2e-5, last: float = 7.3e-6, height: float = 0.5,
-    fall: Callable[[float], float] = lambda part: 1 + math.cos(math.pi * part),
+    step: int, steps: int, warmup: int, decay: int, final: float, *,
+    first: int = 1, last: int = 1, goal: bool = True, fall: Callable[[float], float] = math.sqrt,
+    from_start: bool = False,
 ) -> float:  # fmt: skip
-    """V3's learning rate after `tokens` trillion tokens, without the warm-up (V3 section 4.2)."""
-    if tokens >= 14.633:
-        return last
-    part = min(max((tokens - begins) / (ends - begins), 0.0), 1.0)
-    return goal + (2.2e-4 - goal) * height * fall(part)
+    """Factor of the peak rate: linear warm-up, constant, and a decay by 1 - sqrt over the last `decay` steps.
+
+    The shape is that of warm-up-stable-decay schedules; V3's (section 4.2) has the same phases with a cosine.
+    """
+    if step < warmup:
+        return (step + first) / warmup
+    begins = warmup if from_start else steps - decay
+    if step < begins:
+        return 1.0
+    part = min((step - begins + last) / decay, 1.0)
+    lowest = final if goal else 0.0
+    return lowest + (1 - lowest) * (1 - fall(part))
 
 
 RATE_MISTAKES: Changes = {
-    "the cosine begins at the first token": {"begins": 0.0},
-    "the cosine ends at 14.633T": {"ends": 14.633},
-    "it falls to 0": {"goal": 0.0},
-    "it falls in a straight line": {"fall": lambda part: 2 * (1 - part)},
-    "it falls along a quarter of a cosine, not half of one": {"fall": lambda part: 2 * math.cos(math.pi * part / 2)},
-    "the cosine is not multiplied by 1/2": {"height": 1.0},
-    "the last 167 billion tokens are left out": {"last": 2.2e-5, "goal": 2.2e-5},
+    "the warm-up begins at 0, so that the first step is lost": {"first": 0},
+    "the decay ends above `final`: in the last step u is not 1": {"last": 0},
+    "it falls to 0": {"goal": False},
+    "it falls along half a cosine": {"fall": lambda u: 1 - 0.5 * (1 + math.cos(math.pi * u))},
+    "it falls in a straight line": {"fall": lambda u: u},
+    "it falls by the square, not by the square root": {"fall": lambda u: u * u},
+    "the decay begins after the warm-up": {"from_start": True},
 }
 
 
 def schedule_examples(g: Generator) -> list[tuple]:
-    return [(tokens,) for tokens in (2.0, 10.0, 11.0, 12.15, 13.9, 14.3, 14.4, 14.633, 14.7)]
+    run = (100, 10, 20, 0.1)
+    return [(step, *run) for step in (0, 4, 9, 10, 50, 79, 80, 81, 90, 99)] + [(7, 8, 2, 5, 0.0), (3, 8, 2, 5, 0.25)]
 
 
 # 5.5 A scaling law --------------------------------------------------------------------------------------------------
 
 
 def predict(
-    flops: Float[Tensor, "runs"], losses: Float[Tensor, "runs"], target: float, floor: float, *,
-    remove_floor: bool = True, add_floor: bool = True, log_x: bool = True, log_y: bool = True, ends_only: bool = False,
-) -> float:  # fmt: skip
-    """The loss at `target` by floor + A * C^-alpha: a straight line through the logarithms by least squares."""
-    gap = losses.double() - floor * remove_floor
-    x, y = (values.log() if wanted else values for values, wanted in ((flops.double(), log_x), (gap, log_y)))
-    if ends_only:
-        x, y = x[[0, -1]], y[[0, -1]]
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
-    reached = y.mean() + slope * ((math.log(target) if log_x else target) - x.mean())
-    return (reached.exp() if log_y else reached).item() + floor * add_floor
+    flops: Float[Tensor, "runs"], losses: Float[Tensor, "runs"], floors: Float[Tensor, "floors"], target: float, *,
+    add_floor: bool = True, log_x: bool = True, in_logs: bool = False, choose: str = "best",
+) -> tuple[float, float]:  # fmt: skip
+    """The loss at `target` by floor + A * C^-alpha and the floor, of `floors`, with the smallest squared error."""
+    x = flops.double().log() if log_x else flops.double()
+    goal = math.log(target) if log_x else target
+    found = []
+    for floor in floors.double().tolist():
+        y = (losses.double() - floor).log()
+        slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+        line = y.mean() + slope * (x - x.mean())
+        error = (line - y) if in_logs else floor + line.exp() - losses
+        reached = (y.mean() + slope * (goal - x.mean())).exp().item()
+        score = error[-1].abs() if choose == "last run" else error.square().sum()
+        found.append((score.item(), reached + floor * add_floor, floor))
+    chosen = {"first": found[0], "last": found[-1]}.get(choose, min(found))
+    return chosen[1], chosen[2]
 
 
 LAW_MISTAKES: Changes = {
-    "the floor is not added again": {"add_floor": False, "remove_floor": True},
-    "the floor is not used": {"remove_floor": False, "add_floor": False},
-    "the floor is not subtracted, but added": {"remove_floor": False, "add_floor": True, "log_y": True},
-    "the line goes through the losses and not their logarithms": {"log_y": False, "add_floor": True},
+    "the floor is not added again": {"add_floor": False},
     "compute is not on a logarithmic scale": {"log_x": False},
-    "the line goes through the first and the last run only": {"ends_only": True},
+    "errors are compared as logarithms, which are not in the same unit for two floors": {
+        "in_logs": True,
+        "choose": "best",
+    },
+    "the floor is the first of the list, whatever fits": {"choose": "first", "log_x": True},
+    "the floor is the last of the list, whatever fits": {"choose": "last", "log_x": True},
+    "only the error of the last run decides": {"choose": "last run", "log_x": True},
 }
 
 
@@ -204,9 +216,11 @@ def law_examples(g: Generator) -> list[tuple]:
     def example(runs, floor, alpha, target):
         flops = 10 ** torch.linspace(9, 12, runs, dtype=torch.float64)
         noise = 1 + 0.02 * torch.randn(runs, generator=g, dtype=torch.float64)
-        return flops, floor + 40 * flops**-alpha * noise, target, floor
+        losses = floor + 40 * flops**-alpha * noise
+        floors = torch.linspace(0.1, 0.98 * losses.min().item(), 25, dtype=torch.float64)
+        return flops, losses, floors, target
 
-    return [example(4, 1.0, 0.12, 1e13), example(6, 0.5, 0.1, 4e12), example(3, 1.5, 0.15, 1e14)]
+    return [example(5, 1.0, 0.12, 1e13), example(6, 0.5, 0.1, 4e12), example(4, 1.5, 0.15, 1e14)]
 
 
 # 5.6 Micro-batches --------------------------------------------------------------------------------------------------
@@ -248,16 +262,16 @@ def clipped(gradient: Float[Tensor, "dim"]) -> Float[Tensor, "dim"]:
 EXERCISES = [
     Function(
         id="5.1",
-        name="encode",
-        reference=encode,
-        examples=merge_examples,
-        mistakes=variants(encode, ENCODE_MISTAKES),
+        name="shrink",
+        reference=shrink,
+        examples=shrink_examples,
+        mistakes=variants(shrink, SHRINK_MISTAKES),
         hints=(
-            "two loops: over the merges in their order, and over the ids; which of the two has to be the outer one?",
-            "for each merge in turn, walk through the ids from left to right and build a new list: append the new id "
-            "and skip two ids where the pair stands, otherwise append one",
+            "which ids does a vocabulary of `keep` merges not have, and of what were they made?",
+            "id i of at least 256 + keep becomes the two ids of merges[i - 256], and each of those may be too new: a "
+            "recursive function, or a stack",
         ),
-        section="chapter 05, section 2.1: from bytes to tokens",
+        section="chapter 05, section 2.2: from bytes to tokens",
         points=2,
     ),
     Function(
@@ -267,11 +281,12 @@ EXERCISES = [
         examples=pack_examples,
         mistakes=variants(pack, PACK_MISTAKES),
         hints=(
-            "besides the stream of tokens, keep a second stream that says to which document each token belongs",
-            "row r starts at token r * seq_len and needs seq_len + 1 tokens: stream.unfold(0, seq_len + 1, seq_len); a "
-            "label is masked where the document's number at i + 1 differs from that at i, whatever the ids are",
+            "besides the stream of tokens, keep a second stream that says to which document each token belongs; how "
+            "many tokens does a row need at depth 1?",
+            "stream.unfold(0, seq_len + depth + 1, seq_len) gives the rows; a label is masked where the document's "
+            "number at i + depth + 1 differs from that at i, whatever the ids are",
         ),
-        section="chapter 05, section 2.2: from documents to rows",
+        section="chapter 05, section 2.3: from documents to rows",
         points=2,
         outputs=("the inputs", "the labels"),
     ),
@@ -286,7 +301,7 @@ EXERCISES = [
             "F.cross_entropy(logits.mT, labels, ignore_index=-100, reduction='sum') / ln 2, over the sum of "
             "token_bytes at the labels that are not -100",
         ),
-        section="chapter 05, section 2.3: from nats per token to bits per byte",
+        section="chapter 05, section 2.1: bits per byte",
     ),
     Function(
         id="5.4",
@@ -295,9 +310,9 @@ EXERCISES = [
         examples=schedule_examples,
         mistakes=variants(learning_rate, RATE_MISTAKES),
         hints=(
-            "four stretches: constant, falling, constant, the end; write down the limits and the values of each",
-            "half a cosine falls from 1 to 0: 0.5 * (1 + cos(pi * part)) for part = (tokens - 10) / 4.3 from 0 to 1; "
-            "it multiplies the difference between the highest and the lowest value",
+            "three phases; write down for each its first and its last step, and the value there",
+            "in the decay u = (step - (steps - decay) + 1) / decay goes from 1/decay to 1; 1 - sqrt(u) goes to 0, and "
+            "multiplies the difference between the highest and the lowest value",
         ),
         section="chapter 05, section 2.4: the schedule",
     ),
@@ -308,12 +323,14 @@ EXERCISES = [
         examples=law_examples,
         mistakes=variants(predict, LAW_MISTAKES),
         hints=(
-            "which two quantities lie on a straight line? Fit the line, and undo at the end what you did to the losses",
-            "log(loss - floor) = log A - alpha log C is a line in log C: slope = sum((x - mean x)(y - mean y)) / "
-            "sum((x - mean x)^2); evaluate it at log(target), take exp, add the floor",
+            "for one floor it is a straight line through logarithms; for the choice compare what the laws say about "
+            "the losses themselves",
+            "for each floor: fit log(loss - floor) over log(flops), turn the line back into losses, and sum the "
+            "squared errors; keep the floor with the smallest sum, and evaluate its law at log(target)",
         ),
-        section="chapter 05, section 4.3: a law from small runs",
+        section="chapter 05, section 4.4: a scaling law",
         points=2,
+        outputs=("the prediction", "the floor"),
     ),
     SpotTheBug(
         id="5.6",
@@ -330,6 +347,36 @@ EXERCISES = [
             "compare size=5 with size=2 on 5 rows: with labels masked in some rows only, with y times 100 so that "
             "the gradient is clipped, and with experts that differ between the rows",
         ),
-        section="chapter 05, sections 3 and 7: one step of training, what goes wrong",
+        section="chapter 05, sections 2.5 and 7: the training loop, what goes wrong",
     ),
+    Experiment(
+        "5.7",
+        "noise_ratio",
+        "gradient noise of 4 rows over that of 64",
+        3.4,
+        4.7,
+        hints=(
+            "for each batch compute one gradient; the noise is how far such gradients lie from their mean",
+            "x = torch.randn(400, b, 20, generator=g), y = x @ true + noise; at weight 0 the gradient is "
+            "-2 * (x * y[..., None]).mean(1); subtract its mean over the 400, square, sum over the 20, mean, root",
+        ),
+        section="chapter 05, sections 2.4 and 2.5: the batch ramp, gradient accumulation",
+    ),  # fmt: skip
+    OpenTask(
+        "5.8",
+        "best_in_two_minutes",
+        (
+            "the budget is stated and kept: two minutes of training on two cores, evaluation not counted",
+            "bits per byte of the held-out documents of the chapter, never seen in training, beside gzip and xz",
+            "each change is compared with the model before it, with at least three seeds and the spread",
+            "the learning rate was chosen again after every change of the size",
+            "it says what was tried without success, and what it would try with an hour",
+        ),
+        hints=(
+            "the budget buys a number of tokens for each size: which size and which vocabulary see enough of them?",
+            "start from the recipe of `python3 course.py train`; benchmarks/README.md has a table of sizes that were "
+            "tried for two minutes",
+        ),
+        section="chapter 05, sections 4.1 and 4.3: a short run, the learning rate",
+    ),  # fmt: skip
 ]
