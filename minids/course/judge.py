@@ -42,6 +42,7 @@ VISIBLE = {  # modules that the exercises import, and what the student's process
         "hf_config",
         "validation",
         "fp8.formats",
+        "parallel.eplb",
         "parallel.schedule",
         "parallel.programs",
         "parallel.one_f_one_b",

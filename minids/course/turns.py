@@ -4,13 +4,17 @@ On a GPU only forward passes take turns, because autograd runs backward passes i
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from threading import Semaphore
 from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from minids.course import plots
 
 What = Literal["compute", "wait"]
 
@@ -30,6 +34,22 @@ _exchange: ContextVar[Callable[[dist.Work], Any]] = ContextVar("turns", default=
 def let_others_work(message: dist.Work) -> None:
     """The `wait` argument of `shard_experts`: let another micro-batch compute until the exchange has ended."""
     _exchange.get()(message)
+
+
+class _Delayed:
+    """An exchange that ends some time after its start, however early its bytes are there."""
+
+    def __init__(self, message: Any, seconds: float):
+        self.message, self.arrival = message, time.perf_counter() + seconds
+
+    def wait(self) -> None:
+        self.message.wait()
+        time.sleep(max(0.0, self.arrival - time.perf_counter()))
+
+
+def over_slow_link(seconds: float) -> Callable[[dist.Work], None]:
+    """Return a `wait` argument as `let_others_work`, where no exchange ends before `seconds` have passed."""
+    return lambda message: let_others_work(_Delayed(message, seconds))  # type: ignore[arg-type]
 
 
 class _Turns:
@@ -83,3 +103,27 @@ def take_turns(works: Sequence[Callable[[], Any]]) -> tuple[list[Any], list[Stre
         results = [threads.submit(turns.run, i) for i in range(len(works))]
         turns.locks[0].release()
         return [result.result() for result in results], turns.stretches
+
+
+def length(stretches: Sequence[Stretch]) -> float:
+    """Return the seconds from the common start to the end of the last interval."""
+    return max(stretch.end for stretch in stretches)
+
+
+def draw_turns(runs: Mapping[str, Sequence[tuple[int, Stretch]]], title: str) -> Figure:
+    """Draw each run as a row: its intervals with the number of their micro-batch, computing tall and waiting flat."""
+    figure, axes = plots.canvas("time (ms)", "", title, size=(7.4, 3.0))
+    for y, stretches in enumerate(runs.values()):
+        for number, each in stretches:
+            busy = each.what == "compute"
+            look: dict[str, Any] = dict(color="#bbbbbb")
+            if busy:
+                look = dict(color=plots.COLORS[number], hatch=plots.HATCHES[number])
+            place = 1000 * (each.end - each.start), 0.7 if busy else 0.25, 1000 * each.start
+            axes.barh(y, *place, edgecolor="white", linewidth=0.3, **look)
+    axes.set(xlim=(0, None), yticks=range(len(runs)), yticklabels=runs)
+    axes.invert_yaxis()
+    key = [Patch(fc=plots.COLORS[n], hatch=plots.HATCHES[n], ec="white", label=f"micro-batch {n}") for n in range(2)]
+    key.append(Patch(fc="#bbbbbb", label="waiting"))
+    figure.legend(handles=key, loc="outside lower center", ncols=3, frameon=False)
+    return figure

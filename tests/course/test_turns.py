@@ -4,24 +4,12 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 from sharded_experts import build, close, sharded, whole_gradients
 
-from minids.course.turns import let_others_work, take_turns
+from minids.course.turns import Stretch, draw_turns, length, over_slow_link, take_turns
 from minids.model.moe import MoE
 from minids.parallel.expert_parallel import AS_IS
 from minids.parallel.launch import launch
-
-
-class Slow:
-    """A message that is under way for a while, whatever the processor does."""
-
-    def __init__(self, message, seconds):
-        self.message, self.arrival = message, time.perf_counter() + seconds
-
-    def wait(self):
-        self.message.wait()
-        time.sleep(max(0.0, self.arrival - time.perf_counter()))
 
 
 def test_taking_turns_changes_no_number_and_hides_the_waiting():
@@ -30,9 +18,7 @@ def test_taking_turns_changes_no_number_and_hides_the_waiting():
     halves = torch.randint(64, (2, 2, 9))
 
     def work(rank):
-        send = dist.all_to_all_single
-        dist.all_to_all_single = lambda *args, **kwargs: Slow(send(*args, **kwargs), 0.02)  # in this process only
-        mine = sharded(model, 2, AS_IS, let_others_work)
+        mine = sharded(model, 2, AS_IS, over_slow_link(0.02))
         for moe in mine.modules():
             if isinstance(moe, MoE):
                 moe.register_forward_hook(lambda *_: time.sleep(0.03))
@@ -77,3 +63,12 @@ def test_a_work_that_fails_is_heard_and_lets_the_others_finish():
 def test_works_without_exchanges_run_one_after_the_other():
     results, stretches = take_turns([lambda i=i: i for i in range(3)])
     assert results == [0, 1, 2] and [(s.work, s.what) for s in stretches] == [(i, "compute") for i in range(3)]
+
+
+def test_a_chart_of_turns_has_a_bar_for_each_interval():
+    run = [(0, Stretch(0, "compute", 0.0, 0.003)), (1, Stretch(1, "wait", 0.003, 0.005))]
+    figure = draw_turns({"one": run, "other": run[:1]}, "a title")
+    bars = figure.axes[0].patches
+    assert [(round(bar.get_x(), 6), round(bar.get_width(), 6)) for bar in bars] == [(0, 3), (3, 2), (0, 3)]
+    assert length([stretch for _, stretch in run]) == 0.005
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["micro-batch 0", "micro-batch 1", "waiting"]

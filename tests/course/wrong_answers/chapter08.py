@@ -1,5 +1,7 @@
 """Wrong answers to the exercises of chapter 08."""
 
+from functools import partial
+
 import torch
 
 from minids.course.exercises import chapter08 as given
@@ -40,37 +42,6 @@ def combine_over_tokens(rows, order, weights):
 
 def combine_mean_with_order(rows, order, weights):
     return given.combine_with_order(rows, order, weights) / weights.shape[1]
-
-
-def pack_from_one(weights, packs):
-    return [[item + 1 for item in items] for items in given.pack(weights, packs)]
-
-
-def pack_of_each_item(weights, packs):
-    places = {item: p for p, items in enumerate(given.pack(weights, packs)) for item in items}
-    return [places[item] for item in range(len(weights))]
-
-
-def pack_with_one_place_more(weights, packs):
-    size, packed, totals = len(weights) // packs + 1, [[] for _ in range(packs)], [0.0] * packs
-    for item in sorted(range(len(weights)), key=lambda i: -weights[i]):
-        lightest = min((p for p in range(packs) if len(packed[p]) < size), key=lambda p: totals[p])
-        packed[lightest].append(item)
-        totals[lightest] += weights[item]
-    return packed
-
-
-def pack_in_place(weights, packs):
-    packed = given.pack(weights, packs)
-    weights.sort(reverse=True)
-    return packed
-
-
-def pack_by_number_of_items(weights, packs):
-    packed = [[] for _ in range(packs)]
-    for item in given.later_of_equals_first(weights):
-        min(packed, key=len).append(item)
-    return packed
 
 
 def crossings_as_tensor(experts, home, per_gpu, gpus_per_node):
@@ -167,14 +138,6 @@ WRONG = {
         ("a list", lambda r, o, w: given.combine(r, o, w).tolist(), r"the result should be a tensor, got \[\["),
     ],
     "8.3": [
-        ("from 1", pack_from_one, r"the result\[0\]\[0\]: got 6, expected 5\n +got +\[6,"),
-        ("the pack of each item", pack_of_each_item, r"should have 2 parts, not 8: got \[\d, \d"),
-        ("a place more", pack_with_one_place_more, r"example \d of 5"),
-        ("in place", pack_in_place, r"your code changed the argument `weights`; return a new value instead"),
-        ("two mistakes", pack_by_number_of_items, r"the result\[\d\]\[\d\]: got \d, expected \d\n +got"),
-        ("a dict", lambda w, p: dict(enumerate(given.pack(w, p))), r"should be a list of 2; got \{0: \["),
-    ],
-    "8.4": [
         ("a tensor", crossings_as_tensor, r"the value is correct, but return an int, not a tensor"),
         ("a float", crossings_as_float, r"the value is correct, but return an int, not a float"),
         ("a list", crossings_of_each_token, r"the result: got \[\d, .*\], expected \d+"),
@@ -182,7 +145,7 @@ WRONG = {
         ("one expert per GPU", crossings_without_experts_per_gpu, r"the result: got \d+, expected \d+"),
         ("one more", lambda *a: given.rows_between_nodes(*a) + 1, r"the result: got \d+, expected \d+"),
     ],
-    "8.5": [
+    "8.4": [
         ("only outputs", only_outputs, r"✗ it misses a bug; hint: what must the loads of two ranks have in common"),
         ("weights of 1", weights_of_one, r"✗ it misses a bug; hint: use weights that are not 1"),
         ("only loads", only_loads, r"✗ it misses a bug; hint: compute one token by hand"),
@@ -190,5 +153,12 @@ WRONG = {
         ("loads of each rank", wants_own_loads, r"it rejects the correct implementation\n.*AssertionError"),
         ("no weights", wants_no_weights, r"it rejects the correct implementation\n.*AssertionError"),
         ("a private option", uses_a_private_option, r"it rejects the correct implementation\n.*an error"),
+    ],
+    "8.5": [
+        ("measured with the old loads", partial(given.above_mean_today, today=False), r"median 1\.\d"),
+        ("a new placement", partial(given.above_mean_today, renewed=True), r"median 1\.\d"),
+        ("no copies", partial(given.above_mean_today, copies=0), r"median 107"),
+        ("a share", lambda seed: given.above_mean_today(seed) / 100, r"median 0\.\d"),
+        ("no drift", partial(given.above_mean_today, drift=0), r"median 1\.\d"),
     ],
 }
