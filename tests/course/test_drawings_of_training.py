@@ -5,7 +5,8 @@ import torch
 
 from minids.config import ModelConfig
 from minids.course.drawings.dispatch import EXPERTS, GPUS, dispatch
-from minids.course.drawings.fp8_tiles import fp8_tiles
+from minids.course.drawings.fp8_flow import fp8_flow
+from minids.course.drawings.fp8_tiles import fp8_retile, fp8_tiles
 from minids.course.drawings.mesh import mesh
 from minids.course.drawings.pipeline import bubble, dual, fold
 from minids.course.drawings.r1_stages import distillation, r1_stages
@@ -13,6 +14,7 @@ from minids.course.drawings.rl_loop import ppo_and_grpo, rl_loop
 from minids.course.drawings.training import packing
 from minids.course.exercises.chapter05 import pack
 from minids.course.overlap import overlap
+from minids.fp8.linear import ALONG_CHANNELS, ALONG_TOKENS, BLOCK
 from minids.parallel.dualpipe import dualpipe
 from minids.parallel.layout import Layout
 from minids.parallel.one_f_one_b import gpipe
@@ -78,6 +80,24 @@ def test_mesh_marks_the_ranks_that_hold_what_rank_0_holds(layout):
 def test_tiles_are_counted_from_the_config():
     notes = " ".join(fp8_tiles(ModelConfig.preset("v2")).notes)
     assert "40 tiles" in notes and "12 blocks" in notes
+
+
+def test_fp8_flow_has_the_shapes_of_the_config_and_the_precisions_of_v3():
+    boxes = fp8_flow(ModelConfig.preset("v2")).boxes
+    assert boxes["Fprop X"].shape == "BF16 T×5120" and boxes["Fprop W"].shape == "FP32 1536×5120"
+    assert [boxes[f"{p} result"].shape for p in ("Fprop", "Dgrad", "Wgrad")] == [
+        "BF16 T×1536", "BF16 T×5120", "FP32 1536×5120",
+    ]  # fmt: skip
+    assert all(boxes[f"{p} sum"].label == "sum in FP32" for p in ("Fprop", "Dgrad", "Wgrad"))
+
+
+def test_tiles_in_the_flow_are_those_of_the_layer():
+    boxes, row, column = fp8_flow().boxes, "tiles 1×128", "tiles 128×1"
+    assert (ALONG_CHANNELS, ALONG_TOKENS, BLOCK) == ((1, 128), (128, 1), (128, 128))
+    assert [boxes[name].shape for name in ("Fprop X FP8", "Dgrad ∂Y FP8", "Wgrad ∂Y FP8", "Wgrad X FP8")] == [
+        row, row, column, column,
+    ]  # fmt: skip
+    assert [box.label for box in fp8_retile().boxes.values()][0] == "multiply by the scale"
 
 
 def test_r1_scores_agree_between_the_two_drawings():

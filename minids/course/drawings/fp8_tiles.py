@@ -1,4 +1,4 @@
-"""Tiles of activations and blocks of weights along the contraction dimension, and promotion of partial sums."""
+"""Tiles and blocks along the contraction dimension, promotion of partial sums, new tiles for the weight gradient."""
 
 from matplotlib.patches import Rectangle
 
@@ -12,7 +12,7 @@ def fp8_tiles(config: ModelConfig | None = None) -> Diagram:
     """Draw the first product of an expert: tokens times `gate_proj`, contraction over the hidden size."""
     c = config or ModelConfig.preset("v3")
     tiles, blocks = c.hidden_size // TILE, c.moe_intermediate_size // TILE
-    d = Diagram(17.2, 9.0, f"Tiles lie along the contraction, so one pair of scales serves {TILE} products")
+    d = Diagram(17.2, 9.0, f"Tiles run along the contraction, so one pair of scales serves {TILE} products")
     d.note(0.4, 8.5, f"X: tokens × {c.hidden_size:,}, a scale per 1×{TILE}")
     _grid(d, 0.4, 5.6, 4, 5, 1.5, 0.5, row=1)
     d.note(8.05, 6.6, f"... {tiles} tiles\nin a row")
@@ -44,10 +44,45 @@ def fp8_tiles(config: ModelConfig | None = None) -> Diagram:
     return d
 
 
+def fp8_retile() -> Diagram:
+    """Draw 128 tokens and channels of a layer's input: tiles that the forward pass keeps, and those of Wgrad."""
+    d = Diagram(17.2, 6.0, "The weight gradient sums over tokens: the kept input gets new tiles, and is rounded again")
+    size = 3.6
+    for left, product, tile, contracted, bars in (
+        (1.0, "kept by Fprop", f"1×{TILE}", "contraction: channels →", {"rows": 8, "columns": 1, "row": 2}),
+        (12.0, "needed by Wgrad", f"{TILE}×1", "contraction: tokens ↓", {"rows": 1, "columns": 8, "column": 2}),
+    ):
+        d.note(left, 5.5, f"X, {product}: a scale per {tile}")
+        _grid(d, left, 1.4, width=size / bars["columns"], height=size / bars["rows"], words=False, **bars)
+        d.note(left, 0.9, contracted, strong=True)
+        d.note(left, 0.4, f"{TILE} tokens ↓ by {TILE} channels →, 8 drawn")
+    steps = (
+        ("multiply by the scale", f"of its 1×{TILE} tile"),
+        ("largest magnitude", f"of {TILE} tokens: a new scale"),
+        ("divide, round again", "to E4M3"),
+    )
+    for number, (label, words) in enumerate(steps):
+        d.box(f"step {number}", 8.3, 4.6 - 1.5 * number, label, words, "operation", 3.8, 0.9)
+        if number:
+            d.arrow(f"step {number - 1}", f"step {number}")
+    d.path([(4.8, 4.6), (6.35, 4.6)])
+    d.path([(10.25, 1.6), (11.8, 1.6)])
+    d.note(8.3, 0.6, "scales 2ⁿ: rounding again\nchanges almost nothing", align="center")
+    return d
+
+
 def _grid(
-    d: Diagram, left: float, bottom: float, rows: int, columns: int, width: float, height: float, **marked: int
+    d: Diagram,
+    left: float,
+    bottom: float,
+    rows: int,
+    columns: int,
+    width: float,
+    height: float,
+    words: bool = True,
+    **marked: int,
 ) -> None:
-    """Draw tiles as a grid; those of the marked `row` or `column` are shaded, as they meet in one element."""
+    """Draw tiles as a grid; those of the marked `row` or `column` are shaded, and numbered with `words`."""
     face, edge, *_ = LOOK["tensor"]
     for r in range(rows):
         for c in range(columns):
@@ -57,7 +92,7 @@ def _grid(
             tile = Rectangle(corner, width, height, fc=fill, ec=line, lw=1.6 if hit else 0.7, zorder=3 + hit)
             d.axes.add_patch(tile)
             number = c + 1 if "row" in marked else r + 1
-            if hit and number <= 3:
-                words = f"{'tile' if 'row' in marked else 'block'} {number}"
+            if hit and words and number <= 3:
+                name = f"{'tile' if 'row' in marked else 'block'} {number}"
                 place = corner[0] + width / 2, corner[1] + height / 2
-                d.axes.text(*place, words, size=7.4, color=INK, ha="center", va="center", zorder=5)
+                d.axes.text(*place, name, size=7.4, color=INK, ha="center", va="center", zorder=5)

@@ -5,51 +5,48 @@ import math
 import torch
 
 from minids.course.exercises import chapter06 as given
-from minids.fp8.formats import quantize
+from minids.course.exercises import chapter06_mistakes as known
+from minids.fp8.formats import dequantize, quantize
 
 
-def value(code, exponent_bits=4):
-    mantissa_bits = 7 - exponent_bits
-    e, m = code >> mantissa_bits & 2**exponent_bits - 1, code & 2**mantissa_bits - 1
-    bias, whole = 2 ** (exponent_bits - 1) - 1, 2**mantissa_bits
-    size = 2.0 ** (e - bias) * (1 + m / whole) if e else 2.0 ** (1 - bias) * m / whole
-    return (-1) ** (code >> 7) * (math.nan if code & 127 == 127 else size)
+def encode_other_format(values):
+    return torch.tensor(values).to(torch.float8_e5m2).view(torch.uint8).tolist()
 
 
-def decode_of_other_format(codes):
-    return torch.tensor([value(code, exponent_bits=5) for code in codes])
+def encode_with_two_mistakes(values):
+    return known.encode(values, overflow=0, subnormals=False)
 
 
-def decode_without_subnormals_and_with_infinities(codes):
-    return given.decode_by_arithmetic(codes, subnormals=False, infinities=True)
+def encode_with_bias_8(values):
+    return known.encode([2 * value for value in values])
 
 
-def tiles_of_the_package(x, width):
-    q, scale = quantize(x, (1, width))
-    return q.float(), scale
+def retile_with_the_package(q, scale, width, height):
+    return given.retile(q, scale, width, height)
 
 
-def tiles_in_eight_bits(x, width):
-    q, scale = given.tiles_by_hand(x, width)
+def retile_without_the_last(q, scale, width, height):
+    q, new = known.retile(q, scale, width, height)
+    return q[: len(q) // height * height], new[: len(q) // height]
+
+
+def retile_for_another_maximum(q, scale, width, height):
+    return known.retile(q, scale, width, height, scale_of=lambda amax: known.power_above(amax * 448 / 240))
+
+
+def retile_in_eight_bits(q, scale, width, height):
+    q, scale = known.retile(q, scale, width, height)
     return q.to(torch.float8_e4m3fn), scale
 
 
-def tiles_without_the_last(x, width):
-    q, scale = given.tiles_by_hand(x[:, : x.shape[1] // width * width], width)
-    return q, scale
-
-
-def tiles_as_lists(x, width):
-    q, scale = given.tiles_by_hand(x, width)
+def retile_as_lists(q, scale, width, height):
+    q, scale = known.retile(q, scale, width, height)
     return q, scale.tolist()
 
 
-def tiles_for_another_maximum(x, width):
-    return given.tiles_by_hand(x, width, scale_of=lambda maximum: maximum.clamp_min(1e-4) / 240)
-
-
-def tiles_with_two_mistakes(x, width):
-    return given.tiles_by_hand(x, width, magnitude=lambda part: part, per_row=True)
+def retile_dequantised(q, scale, width, height):
+    q, scale = known.retile(q, scale, width, height)
+    return dequantize(q, scale, (height, 1)), scale
 
 
 def sum_of_tiles_as_long_as_scales(products, scales, bits):
@@ -71,16 +68,25 @@ def sum_cut_again(products, scales, bits):
     return given.truncate(given.promoted_sum(products, scales, bits), bits)
 
 
-def gradient_without_scales(x, grad, height):
-    return quantize(grad, (height, 1))[0].float().T @ quantize(x, (height, 1))[0].float()
+def gradients_without_scales(x, grad, tokens_per_expert, height):
+    parts = zip(grad.split(tokens_per_expert), x.split(tokens_per_expert), strict=True)
+    return torch.stack([quantize(g, (height, 1))[0].float().T @ quantize(t, (height, 1))[0].float() for g, t in parts])
 
 
-def gradient_with_input_along_channels(x, grad, height):
-    return given.rounded(grad, (height, 1)).T @ given.rounded(x, (1, height))
+def gradients_without_empty_experts(x, grad, tokens_per_expert, height):
+    return given.expert_gradients(x, grad, [n for n in tokens_per_expert if n], height)
 
 
-def gradient_with_two_mistakes(x, grad, height):
-    return (grad.T @ given.rounded(x, (1, height))).T
+def gradients_one_longer(x, grad, tokens_per_expert, height):
+    return given.expert_gradients(x, grad, tokens_per_expert, height + 1)
+
+
+def one_gradient_of_all(x, grad, tokens_per_expert, height):
+    return given.expert_gradients(x, grad, [len(x)], height)[0]
+
+
+def as_lists(x, grad, tokens_per_expert, height):
+    return given.expert_gradients(x, grad, tokens_per_expert, height).tolist()
 
 
 def close(one, other):
@@ -117,43 +123,47 @@ def wants_an_outlier_to_change_nothing(round_trip):
     assert close(round_trip(x, 4)[0, 2:], x[0, 2:])
 
 
+def nearest(x, below, above):
+    return (x - below > (above - below) / 2).float()
+
+
 WRONG = {
     "6.1": [
-        ("a list", lambda codes: [value(code) for code in codes], r"should be a tensor, got \[1, 1\.125, -2\]"),
-        ("float64", lambda codes: given.decode(codes).double(), r"of torch\.float32, got torch\.float64"),
-        ("PyTorch's float8", given.decode, r"the result is correct, but PyTorch's float8 type decoded the bits"),
-        ("5 exponent bits", decode_of_other_format, r"the first at \[0\]: got 0\.5, expected 1"),
+        ("a tensor", lambda values: torch.tensor(given.encode(values)), r"should be a list of 4; got a tensor"),
         (
-            "two mistakes",
-            decode_without_subnormals_and_with_infinities,
-            r"codes = \[0, 1, 7, 8, 129\].*\n.*\[0\]: got 0\.0",
+            "floats",
+            lambda values: list(map(float, known.encode(values))),
+            r"is correct, but return an int, not a float",
         ),
+        ("PyTorch's float8", given.encode, r"the result is correct, but PyTorch's float8 type made the codes"),
+        ("5 exponent bits", encode_other_format, r"the result\[0\]: got 60, expected 56"),
+        ("a bias of 8", encode_with_bias_8, r"the result\[0\]: got 64, expected 56"),
+        ("two mistakes", encode_with_two_mistakes, r"example 2 of 5[\s\S]*got 0, expected 2"),
     ],
     "6.2": [
-        ("the package's function", tiles_of_the_package, r"is correct, but the package's `quantize` made it"),
-        ("float8", tiles_in_eight_bits, r"q should be of torch\.float32, got torch\.float8_e4m3fn"),
-        ("no narrow tile", tiles_without_the_last, r"example 4 of 7.*\n.*q should have shape \(3, 10\), got \(3, 8\)"),
-        ("scales as lists", tiles_as_lists, r"the scales should be a tensor, got \["),
-        ("q only", lambda x, width: given.tiles_by_hand(x, width)[0], r"should be a tuple of 2: q, the scales; got a"),
-        ("240 for 448", tiles_for_another_maximum, r"the first at \[0, 0\]: got [\d.-]+, expected"),
-        ("two mistakes", tiles_with_two_mistakes, r"the first at \[\d, \d\]: got [\d.-]+, expected"),
+        ("the package's functions", retile_with_the_package, r"is correct, but the package's `quantize` made it"),
+        ("float8", retile_in_eight_bits, r"q should be of torch\.float32, got torch\.float8_e4m3fn"),
+        ("no short tile", retile_without_the_last, r"example 4 of 6.*\n.*q should have shape \(5, 7\), got \(4, 7\)"),
+        ("scales as lists", retile_as_lists, r"the scales should be a tensor, got \["),
+        ("q only", lambda *a: known.retile(*a)[0], r"should be a tuple of 2: q, the scales; got a"),
+        ("240 for 448", retile_for_another_maximum, r"the first at \[0, 0\]: got [\d.-]+, expected"),
+        ("dequantised", retile_dequantised, r"q: .*the first at \[\d, \d\]: got [\d.-]+, expected"),
     ],
     "6.3": [
         ("tiles as long as there are scales", sum_of_tiles_as_long_as_scales, r"the result: got \S+, expected"),
-        ("rounded down", lambda *a: given.promoted(*a, cut=floor_to), r"example 2 of 7.*\n.*got -\d+, expected -\d+"),
-        ("one bit more", lambda p, s, bits: given.promoted(p, s, bits + 1), r"example 2 of 7.*\n.*: got \S+, expected"),
-        ("one bit less", lambda p, s, bits: given.promoted(p, s, bits - 1), r"example 1 of 7.*\n.*: got \S+, expected"),
+        ("rounded down", lambda *a: known.promoted(*a, cut=floor_to), r"example 2 of 7.*\n.*got -\d+, expected -\d+"),
+        ("one bit more", lambda p, s, bits: known.promoted(p, s, bits + 1), r"example 2 of 7.*\n.*: got \S+, expected"),
+        ("one bit less", lambda p, s, bits: known.promoted(p, s, bits - 1), r"example 1 of 7.*\n.*: got \S+, expected"),
         ("the total is cut, too", sum_cut_again, r"the result: got \S+, expected"),
-        ("the first scale for all", lambda p, s, b: given.promoted(p, [s[0]] * len(s), b), r"the result: got \S+, exp"),
-        ("a list", lambda *a: [given.promoted(*a)], r"should be a number, got \[\d+"),
+        ("the first scale for all", lambda p, s, b: known.promoted(p, [s[0]] * len(s), b), r"the result: got \S+, exp"),
+        ("a list", lambda *a: [known.promoted(*a)], r"should be a number, got \[\d+"),
     ],
     "6.4": [
-        ("no scales", gradient_without_scales, r"the first at \[0, 0\]: got \S+, expected"),
-        ("the input along channels", gradient_with_input_along_channels, r"the first at \[0, 0\]: got \S+, expected"),
-        ("two mistakes", gradient_with_two_mistakes, r"should have shape \(2, 3\), got \(3, 2\)"),
-        ("tiles one longer", lambda x, g, h: given.weight_gradient(x, g, h + 1), r"values differ; the first at"),
-        ("lists", lambda x, g, h: given.weight_gradient(x, g, h).tolist(), r"the result should be a tensor, got \[\["),
-        ("one number", lambda x, g, h: given.weight_gradient(x, g, h).sum(), r"should have shape \(2, 3\), got \(\)"),
+        ("no scales", gradients_without_scales, r"the first at \[0, 0, 0\]: got \S+, expected"),
+        ("empty experts left out", gradients_without_empty_experts, r"should have shape \(3, 5, 3\), got \(2, 5, 3\)"),
+        ("tiles one longer", gradients_one_longer, r"values differ; the first at"),
+        ("one gradient of all tokens", one_gradient_of_all, r"should have shape \(2, 2, 3\), got \(2, 3\)"),
+        ("lists", as_lists, r"the result should be a tensor, got \["),
     ],
     "6.5": [
         ("normal values", only_normal_values, r"catches: the scale is inverted[\s\S]*hint: add an outlier"),
@@ -163,5 +173,16 @@ WRONG = {
         ("1 %", wants_one_percent, r"it rejects the correct implementation\n.*AssertionError"),
         ("the tile of an outlier", wants_an_outlier_to_change_nothing, r"it rejects the correct implementation"),
         ("no function", "a test", r"test_round_trip should be a function, got 'a test'"),
+    ],
+    "6.6": [
+        ("to nearest", lambda seed: known.mean_weight(seed, nearest), r"median 1, .*\n.*between 1.95 and 2.05"),
+        ("always up", lambda seed: known.mean_weight(seed, lambda x, below, above: torch.ones(1000)), r"median inf"),
+        ("always down", lambda seed: known.mean_weight(seed, lambda x, below, above: torch.zeros(1000)), r"median 1,"),
+        (
+            "a coin",
+            lambda seed: known.mean_weight(seed, lambda x, below, above: torch.full((1000,), 0.5)),
+            r"median \d+",
+        ),
+        ("a list", lambda seed: [known.mean_weight(seed)], r"the function should return a float, got"),
     ],
 }
