@@ -51,6 +51,7 @@ SLOW = (
     "inference/test_compiled.py",
     "inference/test_decoding_benchmarks.py",
     "inference/test_speculative.py",
+    "parallel/test_after_v3.py",
     "parallel/test_expert_parallel",
     "parallel/test_layout.py",
     "parallel/test_pipeline",
@@ -61,6 +62,8 @@ SLOW = (
     "test_gpu_benchmark.py",
     "test_readme.py",
     "test_types.py",
+    "training/test_after_v3_benchmarks.py",
+    "training/test_indexer_training.py",
 )
 """Tests that start processes or train for longer: `pytest -m "not slow"` leaves them out."""
 
