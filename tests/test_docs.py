@@ -13,6 +13,8 @@ from urllib.parse import unquote
 import pytest
 from documents import CONTRIBUTING, README, ROOT, cells, links, names, read, rows, without_code
 
+from minids.course.drawings.v3_map import v3_map
+
 INDEX, ERRATA, FACTS = (ROOT / "docs" / name for name in ("INDEX.md", "ERRATA.md", "FACTS.md"))
 DOCUMENTS = [README, CONTRIBUTING, ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = "<!-- made from the table above by `python tests/test_docs.py` -->\n"
@@ -278,8 +280,12 @@ def test_the_site_has_every_document():
     assert re.findall(r"glob: (\S+)", contents) == ["chapters/*", "exercises/*"]
 
 
-if __name__ == "__main__":
-    INDEX.write_text(read(INDEX).partition(GENERATED)[0] + GENERATED + by_code(), encoding="utf-8")
+def test_the_readmes_map_is_that_of_the_chapters():
+    """Made by: python -c "from minids.course.drawings.v3_map import v3_map; print(v3_map().svg(), end='')" """
+    drawn = (ROOT / "docs/map.svg").read_text(encoding="utf-8")
+    assert "docs/map.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
+    for box in v3_map().boxes.values():
+        assert box.label in drawn and box.shape in drawn
 
 
 GLOSSARY = [
@@ -293,3 +299,7 @@ def test_a_term_of_the_glossary_is_used_in_its_chapter(term, chinese, chapter, s
     text = everything_in(Path(target).name).lower()
     assert any(word.strip().lower() in text for word in term.split(",")), term
     assert chinese and sentence.endswith(".") and sentence[0].isupper()
+
+
+if __name__ == "__main__":
+    INDEX.write_text(read(INDEX).partition(GENERATED)[0] + GENERATED + by_code(), encoding="utf-8")

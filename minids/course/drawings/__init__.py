@@ -15,6 +15,7 @@ from minids.course.drawings.block import pre_norm_block
 from minids.course.drawings.dispatch import dispatch
 from minids.course.drawings.fp8_flow import fp8_flow
 from minids.course.drawings.fp8_tiles import fp8_retile, fp8_tiles
+from minids.course.drawings.hyper_connections import hyper_connections
 from minids.course.drawings.mesh import mesh
 from minids.course.drawings.mla import lookup_task, mla_absorbed, mla_expanded
 from minids.course.drawings.moe import moe_layers
@@ -24,6 +25,7 @@ from minids.course.drawings.r1_stages import distillation, r1_stages
 from minids.course.drawings.rl_loop import ppo_and_grpo, rl_loop
 from minids.course.drawings.rope import rope_distance, rope_pairs
 from minids.course.drawings.sandbox import sandbox
+from minids.course.drawings.sparse_attention import compressed, indexer
 from minids.course.drawings.speculative import speculative_round
 from minids.course.drawings.training import packing, training_step
 from minids.course.drawings.v3_map import CHAPTERS, v3_map
@@ -61,4 +63,7 @@ DRAWINGS: dict[str, Callable[[], Diagram]] = {
     "device mesh": mesh,
     "R1 stages": r1_stages,
     "distillation": distillation,
+    "sparse attention": indexer,
+    "CSA and HCA": compressed,
+    "hyper-connections": hyper_connections,
 }
