@@ -98,6 +98,8 @@ def _check(student: "Student", exercise: Exercise, seconds: float, trouble: str)
     report = exercise.check(student.answer(exercise.name, seconds), careful=True)
     if report.status == "todo":
         return "todo", 0, "not started yet"
+    if report.status == "passed":
+        return "passed", min(report.points, exercise.points), ""
     message = " ".join(line.strip().removeprefix("✗ ") for line in report.lines if not line.startswith("✓"))
     if report.status == "error":
         message += f" ({trouble})" if trouble else ""

@@ -16,6 +16,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +28,7 @@ def serve(channel: int, modules: dict[str, str], folder: str) -> None:
     `modules` maps the modules of minids that can be imported to their files; `folder` is for temporary files.
     """
     os.environ |= dict.fromkeys(("HOME", "TMPDIR", "IPYTHONDIR", "MPLCONFIGDIR"), folder)
+    tempfile.tempdir = folder  # importing torch looks for one, and finds none once a notebook has filled it
     startup = os.path.join(folder, "profile_default", "startup")
     os.makedirs(startup)
     with open(os.path.join(startup, "README"), "w"):

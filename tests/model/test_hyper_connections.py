@@ -27,12 +27,14 @@ def context(model, seq):
 @settings(deadline=None, max_examples=40)
 @given(n=st.integers(1, 6), spread=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 99))
 def test_sinkhorn_is_doubly_stochastic(n, spread, seed):
-    torch.manual_seed(seed)
-    matrix = sinkhorn(spread * torch.randn(3, n, n, dtype=torch.float64), 20, 0.0)
-    assert (matrix >= 0).all()
-    torch.testing.assert_close(matrix.sum(-2), torch.ones(3, n).double(), atol=1e-12, rtol=0)
-    torch.testing.assert_close(matrix.sum(-1), torch.ones(3, n).double(), atol=1e-4, rtol=0)
-    assert torch.linalg.matrix_norm(matrix, 2).max() <= 1 + 1e-4  # mixing amplifies no stream
+    """Columns exactly; rows in the limit. After V4's 20 iterations the worst of all these cases is 7.8e-4 off."""
+    for iterations, tolerance in ((20, 1e-3), (300, 1e-12)):
+        torch.manual_seed(seed)
+        matrix = sinkhorn(spread * torch.randn(3, n, n, dtype=torch.float64), iterations, 0.0)
+        assert (matrix >= 0).all()
+        torch.testing.assert_close(matrix.sum(-2), torch.ones(3, n).double(), atol=1e-12, rtol=0)
+        torch.testing.assert_close(matrix.sum(-1), torch.ones(3, n).double(), atol=tolerance, rtol=0)
+        assert torch.linalg.matrix_norm(matrix, 2).max() <= 1 + tolerance  # mixing amplifies no stream
 
 
 def test_sinkhorn_of_uneven_logits_needs_many_iterations():

@@ -38,8 +38,8 @@ def plant_mask(mp, visible):
     """`visible(query positions in the chunk [seq, 1], start [batch, 1, 1], slots [longest])`: who sees what."""
     context = MiniDS.attention_context
 
-    def masked(self, tokens, cache=None):
-        right = context(self, tokens, cache)
+    def masked(self, tokens, cache=None, indexer=None):
+        right = context(self, tokens, cache, indexer)
         if cache is None:
             return right
         query, slots = torch.arange(tokens.shape[1])[:, None], torch.arange(cache.longest + tokens.shape[1])

@@ -112,7 +112,7 @@ def plant_rolled_positions(mp):
 def plant_further(mp, following=lambda t, k: t[:, k:], before=None, logits=None):
     """Prediction modules that read other tokens, continue from another stream or end in another head."""
 
-    def predict_further(self, tokens, out):
+    def predict_further(self, tokens, out, indexer=None):
         hidden = out.hidden
         for k, module in enumerate(self.mtp, start=1):
             read = following(tokens, k)
