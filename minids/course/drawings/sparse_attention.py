@@ -1,7 +1,7 @@
 """Sparse attention: V3.2's indexer, which chooses the cached tokens of each query, and V4's compressed entries."""
 
 from minids.config import ModelConfig
-from minids.course.diagrams import Diagram, shape
+from minids.course.diagrams import Diagram, Role, shape
 
 WINDOW, CSA, HCA = (
     128,
@@ -13,6 +13,8 @@ WINDOW, CSA, HCA = (
 def indexer(config: ModelConfig | None = None) -> Diagram:
     """Draw DeepSeek Sparse Attention for one query (V3.2-Exp eq. 1 and 2)."""
     c = config or ModelConfig.preset("v3_2")
+    if c.index_topk is None:
+        raise ValueError("index_topk=None: the config has no sparse attention to draw")
     entry, heads, width = c.kv_lora_rank + c.qk_rope_head_dim, c.index_n_heads, c.index_head_dim
     d = Diagram(17.2, 8.8, f"A small indexer scores every cached token; attention reads the best {c.index_topk:,} only")
     score = "$I_{t,s} = \\sum_j w_j\\,$ReLU$(q_j k_s)$"
@@ -48,7 +50,7 @@ def compressed(window: int = WINDOW, csa: int = CSA, hca: int = HCA) -> Diagram:
         width = 9.6 / entries
         for i in range(entries):
             x = 0.8 + (i + 0.5) * width
-            role = "cache" if i in chosen else "idle"
+            role: Role = "cache" if i in chosen else "idle"
             d.box(f"{name} {i}", x, y, f"entry {i}", f"{count} tokens", role, width - 0.2)
         d.box(f"{name} window", 12.0, y, "window", f"last {window}", "cache", 2.2)
         d.box(f"{name} query", 15.2, y, "query", "64 or 128 heads", "operation", 2.6)
