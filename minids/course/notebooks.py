@@ -9,7 +9,8 @@ NotImplementedError` in the exercise.
 The convention for outputs that differ between machines: the tests run each notebook again and compare the printed text
 character by character. Figures and live widgets are not compared. A cell whose text has to differ (times, values that
 depend on the processor) has the tag `nbval-ignore-output` and holds them with `minids.course.between`, or the next code
-cell asserts what it showed. A cell that is meant to fail has the tag `raises-exception`. There are no other exemptions.
+cell asserts what it showed; one that measures time has the tag `timing` too, and no band, since no time may decide a
+test. A cell that is meant to fail has the tag `raises-exception`. There are no other exemptions.
 A cell of plumbing (data for a plot, a table's layout) has the tag `hide-input`: it is folded, and can be opened.
 """
 
