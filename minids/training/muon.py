@@ -46,7 +46,7 @@ def orthogonalize(
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(PerParameter):
     """Muon for matrices and stacks of matrices, with decoupled weight decay (V4, Algorithm 1)."""
 
     def __init__(
@@ -65,15 +65,7 @@ class Muon(torch.optim.Optimizer):
         self.steps = tuple(steps)
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, update_rms=update_rms))
 
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # torch's also accepts a closure
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, self.state[p], group)
-
-    def _update(self, p: nn.Parameter, grad: Tensor, state: dict, group: dict) -> None:
+    def update(self, p: nn.Parameter, grad: Tensor, state: dict, group: dict) -> None:
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(grad)

@@ -12,7 +12,7 @@ from minids.training.muon import Muon
 ENGRAM_TABLE = ".table.weight"
 
 
-class AdamWWithBF16Moments(torch.optim.Optimizer):
+class AdamWWithBF16Moments(PerParameter):
     """AdamW with both moments stored in BF16: 4 bytes per parameter instead of 8 (V3 section 3.3.3).
 
     The update is computed in FP32. With beta2 = 0.95 a step changes the second moment by up to 1/20, far above
@@ -23,15 +23,7 @@ class AdamWWithBF16Moments(torch.optim.Optimizer):
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
 
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # torch's also accepts a closure
-        """Update every parameter that has a gradient (Loshchilov and Hutter, algorithm 2)."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, self.state[p], group)
-
-    def _update(self, p: nn.Parameter, grad: Tensor, state: dict, group: dict) -> None:
+    def update(self, p: nn.Parameter, grad: Tensor, state: dict, group: dict) -> None:
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
