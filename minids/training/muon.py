@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minids.model.layers import at_least_float32
+from minids.training.per_parameter import PerParameter
 
 Quintic = tuple[float, float, float]
 FAST: Quintic = (3.4445, -4.7750, 2.0315)
@@ -66,6 +67,7 @@ class Muon(PerParameter):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, update_rms=update_rms))
 
     def update(self, p: nn.Parameter, grad: Tensor, state: dict, group: dict) -> None:
+        """V4's algorithm 1."""
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(grad)

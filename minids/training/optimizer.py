@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from minids.model.transformer import MiniDS
 from minids.training.muon import Muon
+from minids.training.per_parameter import PerParameter
 
 ENGRAM_TABLE = ".table.weight"
 
@@ -24,6 +25,7 @@ class AdamWWithBF16Moments(PerParameter):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
 
     def update(self, p: nn.Parameter, grad: Tensor, state: dict, group: dict) -> None:
+        """Loshchilov and Hutter, algorithm 2."""
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)

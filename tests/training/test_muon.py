@@ -188,7 +188,7 @@ def plant_momentum_without_nesterov(mp):
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(orthogonalize(buffer), alpha=-group["lr"] * 0.18 * math.sqrt(max(p.shape[-2:])))
 
-    mp.setattr(Muon, "_update", update)
+    mp.setattr(Muon, "update", update)
 
 
 def plant_scale_of_the_first_dimension(mp):
@@ -197,17 +197,17 @@ def plant_scale_of_the_first_dimension(mp):
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(orthogonalize(grad + 0.95 * buffer), alpha=-group["lr"] * 0.18 * math.sqrt(p.shape[0]))
 
-    mp.setattr(Muon, "_update", update)
+    mp.setattr(Muon, "update", update)
 
 
 def plant_decay_after_the_step(mp):
-    original = Muon._update
+    original = Muon.update
 
     def update(self, p, grad, state, group):
         original(self, p, grad, state, group | {"weight_decay": 0.0})
         p.mul_(1 - group["lr"] * group["weight_decay"])
 
-    mp.setattr(Muon, "_update", update)
+    mp.setattr(Muon, "update", update)
 
 
 MISTAKES = {
