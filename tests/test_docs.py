@@ -87,9 +87,9 @@ def minutes(path):
     return stated
 
 
-def test_the_readme_lists_twelve_chapters_and_links_those_that_are_written():
+def test_the_readme_lists_fourteen_chapters_and_links_those_that_are_written():
     table = [row for row in rows(read(README), columns=4) if re.match(r"\[?\d\d ", row[0])]
-    assert [re.search(r"\d\d", row[0])[0] for row in table] == [f"{number:02}" for number in range(12)]
+    assert [re.search(r"\d\d", row[0])[0] for row in table] == [f"{number:02}" for number in range(14)]
     written = [[f"[{p.stem.replace('_', ' ', 1)}](chapters/{p.name})", minutes(p)] for p in CHAPTERS]
     assert [[title, stated] for title, _, stated, _ in table if stated != "coming"] == written
     assert not [name for *_, files in table for name in names(files) if not (ROOT / "minids" / name).exists()]

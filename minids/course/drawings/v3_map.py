@@ -5,7 +5,7 @@ from minids.course.diagrams import Diagram, shape
 
 CHAPTERS = {
     "attention": (1, 2), "cache": (1, 2), "moe": (3,), "mtp": (4,), "training": (5,), "fp8": (6,), "pipeline": (7,),
-    "experts": (8,), "rl": (9, 10), "cluster": (11,), "claims": (0,),
+    "experts": (8,), "rl": (9, 10), "sparse": (11,), "after": (12,), "cluster": (13,), "claims": (0,),
 }  # fmt: skip
 
 
@@ -34,9 +34,12 @@ def v3_map(*here: str, config: ModelConfig | None = None) -> Diagram:
     d.box("head", 2.9, 6.8, "next token", f"{c.vocab_size:,} possible", "tensor", 2.6, 0.8)
     part("mtp", 6.7, 6.8, "MTP", "the one after", 2.2)
     part("cache", 6.55, 2.4, "KV cache", f"{c.kv_lora_rank + c.qk_rope_head_dim} values a token", 2.75)
+    part("sparse", 6.55, 4.1, "DSA", "sparse, in V3.2", 2.5)
+    part("after", 6.3, 0.8, "after V3", "streams, memory, Muon", 3.2)
     for a, b in (("tokens", "attention"), ("attention", "moe"), ("moe", "head")):
         d.arrow(a, b)
     d.arrow("cache", "attention")
+    d.arrow("cache", "sparse")
     d.path([(2.9, 5.75), (6.7, 5.75), (6.7, 6.35)])
 
     d.frame(8.7, 4.5, 16.9, 8.3, "training it")

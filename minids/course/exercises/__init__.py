@@ -12,5 +12,5 @@ NAMES = {
     8: "08_expert_parallel",
     9: "09_r1_zero",
     10: "10_r1",
-    11: "11_multi_gpu",
+    13: "13_multi_gpu",
 }

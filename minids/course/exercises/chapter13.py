@@ -1,4 +1,4 @@
-"""Exercises of chapter 11: groups of ranks, what each rank holds, sums over ranks, and runs that are killed.
+"""Exercises of chapter 13: groups of ranks, what each rank holds, sums over ranks, and runs that are killed.
 
 All ranks live in one process here: a list, or the first dimension of a tensor, holds one entry per rank.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minids import cost
 from minids.course.checks import Bug, Function, SpotTheBug
-from minids.course.exercises.chapter11_mistakes import (
+from minids.course.exercises.chapter13_mistakes import (
     Groups,
     Pieces,
     bytes_with,
@@ -44,7 +44,7 @@ from minids.course.exercises.chapter11_mistakes import (
     train_without_position,
 )
 
-# 11.1 ----------------------------------------------------------------------------------------------------------------
+# 13.1 ----------------------------------------------------------------------------------------------------------------
 
 
 def groups(rank: int, pp: int, dp: int, ep: int) -> Groups:
@@ -56,7 +56,7 @@ def group_examples(_: torch.Generator) -> list[tuple]:
     return [(5, 2, 2, 2), (0, 3, 1, 4), (23, 2, 3, 4), (1337, 16, 2, 64)]
 
 
-# 11.2 ----------------------------------------------------------------------------------------------------------------
+# 13.2 ----------------------------------------------------------------------------------------------------------------
 
 
 def bytes_per_rank(experts: int, others: int, dp: int, ep: int, stage: int) -> tuple[float, float, float]:
@@ -71,7 +71,7 @@ def byte_examples(_: torch.Generator) -> list[tuple]:
     return [*by_stage, (654 * 10**9, 17 * 10**9, 2, 64, 1), (1001, 335, 2, 3, 3)]
 
 
-# 11.3 ----------------------------------------------------------------------------------------------------------------
+# 13.3 ----------------------------------------------------------------------------------------------------------------
 
 
 def parts_of_loss(
@@ -93,7 +93,7 @@ def loss_examples(generator: torch.Generator) -> list[tuple]:
     return examples
 
 
-# 11.4 ----------------------------------------------------------------------------------------------------------------
+# 13.4 ----------------------------------------------------------------------------------------------------------------
 
 
 def global_norm(shards: list[Pieces], copied: list[str]) -> float:
@@ -110,7 +110,7 @@ def norm_examples(generator: torch.Generator) -> list[tuple]:
     return [(simple, ["head"]), (uneven, ["embedding"]), ([shard(a=(4,)), shard(a=(2,)), []], [])]
 
 
-# 11.5 ----------------------------------------------------------------------------------------------------------------
+# 13.5 ----------------------------------------------------------------------------------------------------------------
 
 
 def steps_taken(steps: int, every: int, kills: list[int]) -> list[int]:
@@ -122,7 +122,7 @@ def kill_examples(_: torch.Generator) -> list[tuple]:
     return [(10, 3, [4]), (10, 3, [4, 8]), (12, 5, [3, 11, 11]), (7, 10, [6]), (9, 4, [4, 8, 9]), (5, 2, [])]
 
 
-# 11.6 ----------------------------------------------------------------------------------------------------------------
+# 13.6 ----------------------------------------------------------------------------------------------------------------
 
 
 def train(data: Tensor, ranks: int, every: int, killed: int | None = None) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ def train(data: Tensor, ranks: int, every: int, killed: int | None = None) -> tu
 
 EXERCISES = [
     Function(
-        "11.1", "groups", groups, group_examples,
+        "13.1", "groups", groups, group_examples,
         mistakes={
             "pp changes fastest from rank to rank, and ep slowest": partial(groups_with, slowest_first="edp"),
             "dp changes faster than ep": partial(groups_with, slowest_first="ped"),
@@ -151,11 +151,11 @@ EXERCISES = [
             "find the three coordinates of the rank first; a group is all ranks that differ in one of them only",
             "stage, rest = divmod(rank, dp * ep); row, expert = divmod(rest, ep); then vary one coordinate at a time",
         ),
-        section="chapter 11, section 2.1: three axes",
+        section="chapter 13, section 2.1: three axes",
         outputs=("the pp group", "the dp group", "the ep group"),
     ),
     Function(
-        "11.2", "bytes_per_rank", bytes_per_rank, byte_examples,
+        "13.2", "bytes_per_rank", bytes_per_rank, byte_examples,
         mistakes={
             "experts are sharded over their ep group a second time": partial(bytes_with, twice=True),
             "every rank has all experts": partial(bytes_with, divided=False),
@@ -173,11 +173,11 @@ EXERCISES = [
             "experts and all other parameters have different numbers of copies: how many ranks share one of each?",
             "experts / ep parameters are sharded over dp ranks, the others over dp * ep; then look at the stage",
         ),
-        section="chapter 11, section 2.3 (ZeRO) and section 5.1 (the plan for 2048 ranks)",
+        section="chapter 13, section 2.3 (ZeRO) and section 5.1 (the plan for 2048 ranks)",
         points=2, outputs=("the weights", "the gradients", "the optimizer states"),
     ),
     Function(
-        "11.3", "parts_of_loss", parts_of_loss, loss_examples, gradients=("nats",),
+        "13.3", "parts_of_loss", parts_of_loss, loss_examples, gradients=("nats",),
         mistakes={
             "each rank's mean is divided by the number of ranks": parts_mean_of_means,
             "each rank takes its own mean": parts_own_means,
@@ -190,11 +190,11 @@ EXERCISES = [
             "a mean of means is not the mean where ranks have different numbers of targets: what do all ranks share?",
             "one number divides the sums of all ranks: how many losses count on all of them together",
         ),
-        section="chapter 11, section 2.2: sums, not means of means",
+        section="chapter 13, section 2.2: sums, not means of means",
         points=2,
     ),
     Function(
-        "11.4", "global_norm", global_norm, norm_examples,
+        "13.4", "global_norm", global_norm, norm_examples,
         mistakes={
             "copies are counted on every rank that has one": norm_copies_counted_again,
             "pieces with the same name are taken for copies": norm_of_names,
@@ -211,11 +211,11 @@ EXERCISES = [
             "norms do not add up over pieces, their squares do; then ask which pieces occur more than once",
             "add the squares of all pieces, of a name in `copied` only the first time, and take the root at the end",
         ),
-        section="chapter 11, section 2.2 (sums over ranks) and section 3.1 (what the package does)",
+        section="chapter 13, section 2.2 (sums over ranks) and section 3.1 (what the package does)",
         points=2,
     ),
     Function(
-        "11.5", "steps_taken", steps_taken, kill_examples,
+        "13.5", "steps_taken", steps_taken, kill_examples,
         mistakes={
             "no step is computed twice, as if each had been saved": partial(lives, saved=from_kill),
             "it starts from the beginning": partial(lives, saved=from_beginning),
@@ -233,10 +233,10 @@ EXERCISES = [
             "what survives a kill is the newest checkpoint: after which step was it written?",
             "the next life starts one step after killed // every * every, and includes the step of its own kill",
         ),
-        section="chapter 11, section 3.3: the command, and what a kill costs",
+        section="chapter 13, section 3.3: the command, and what a kill costs",
     ),
     SpotTheBug(
-        "11.6", "test_train", train,
+        "13.6", "test_train", train,
         (
             Bug("the moments are lost in a restart", train_without_momentum, "compare weights with and without a kill"),
             Bug("the balance bias is lost in a restart", train_without_bias, "compare biases with and without a kill"),
@@ -248,6 +248,6 @@ EXERCISES = [
             "take train(data, 1, 3, None) as the reference, and compare weight and bias for 1, 2 and 4 ranks, each "
             "with and without a kill between two checkpoints",
         ),
-        section="chapter 11, section 4.2 (a comparison that can fail) and section 4.6 (half a checkpoint)",
+        section="chapter 13, section 4.2 (a comparison that can fail) and section 4.6 (half a checkpoint)",
     ),
 ]  # fmt: skip

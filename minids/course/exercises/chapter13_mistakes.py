@@ -1,11 +1,11 @@
-"""Implementations with the mistakes of the exercises of chapter 11: without an option each of them is correct."""
+"""Implementations with the mistakes of the exercises of chapter 13: without an option each of them is correct."""
 
 import math
 
 import torch
 from torch import Tensor
 
-# 11.1 ----------------------------------------------------------------------------------------------------------------
+# 13.1 ----------------------------------------------------------------------------------------------------------------
 
 Groups = tuple[list[int], list[int], list[int]]
 
@@ -34,7 +34,7 @@ def groups_of_whole_stages(rank, pp, dp, ep):
     return groups_with(rank, pp, dp, ep)[0], *[list(range(first, first + dp * ep))] * 2
 
 
-# 11.2 ----------------------------------------------------------------------------------------------------------------
+# 13.2 ----------------------------------------------------------------------------------------------------------------
 
 
 def bytes_with(
@@ -59,7 +59,7 @@ def bytes_with(
     return tuple(results)
 
 
-# 11.3 ----------------------------------------------------------------------------------------------------------------
+# 13.3 ----------------------------------------------------------------------------------------------------------------
 
 
 def parts_own_means(nats, counts):
@@ -86,7 +86,7 @@ def parts_nothing_masked_at_all(nats, counts):
     return nats.sum((1, 2)) / counts.numel()
 
 
-# 11.4 ----------------------------------------------------------------------------------------------------------------
+# 13.4 ----------------------------------------------------------------------------------------------------------------
 
 
 Pieces = list[tuple[str, Tensor]]
@@ -123,7 +123,7 @@ def norm_without_copies(shards, copied):
     return norm([[piece for piece in shard if piece[0] not in copied] for shard in shards], [])
 
 
-# 11.5 ----------------------------------------------------------------------------------------------------------------
+# 13.5 ----------------------------------------------------------------------------------------------------------------
 
 
 def from_checkpoint(killed: int, every: int) -> int:
@@ -159,7 +159,7 @@ def lives(steps, every, kills, saved=from_checkpoint, killed_step=True, first=1)
     return taken + list(range(at + first, steps + first))
 
 
-# 11.6 ----------------------------------------------------------------------------------------------------------------
+# 13.6 ----------------------------------------------------------------------------------------------------------------
 
 
 def train_with(data, ranks, every, killed, wrong=""):

@@ -1,9 +1,9 @@
-"""Wrong answers to the exercises of chapter 11."""
+"""Wrong answers to the exercises of chapter 13."""
 
 import torch
 
-from minids.course.exercises import chapter11 as given
-from minids.course.exercises import chapter11_mistakes as mistakes
+from minids.course.exercises import chapter13 as given
+from minids.course.exercises import chapter13_mistakes as mistakes
 
 
 def groups_as_tensors(rank, pp, dp, ep):
@@ -178,7 +178,7 @@ def uses_a_private_option(train):
 
 
 WRONG = {
-    "11.1": [
+    "13.1": [
         ("tensors", groups_as_tensors, r"the pp group should be a list of 2; got a tensor of shape \(2,\)"),
         ("a range", groups_as_ranges, r"the ep group should be a list of 2; got range\(4, 6\)"),
         ("two groups", groups_without_pipeline, r"the result should have 3 parts, not 2: got \(\[5, 7\], \[4, 5\]\)"),
@@ -186,14 +186,14 @@ WRONG = {
         ("one further", groups_one_further, r"got 2, expected 1"),
         ("two mistakes", groups_with_two_mistakes, r"got 5, expected 1"),
     ],
-    "11.2": [
+    "13.2": [
         ("whole division", bytes_by_whole_division, r"got 442, expected 445\.333\n.*the shards are rounded down"),
         ("all in one", bytes_in_all, r"should be a tuple of 3: the weights, the gradients, the optimizer states; got"),
         ("a dict", bytes_by_name, r"should be a tuple of 3: the weights, .*; got \{'weights': "),
         ("another order", bytes_in_another_order, r"the weights: got 20800, expected 5200"),
         ("two mistakes", bytes_with_two_mistakes, r"the weights: got 14800, expected 5200"),
     ],
-    "11.3": [
+    "13.3": [
         ("a list", parts_as_list, r"the result should be a tensor, got \[a tensor of value"),
         ("no gradient", parts_without_gradient, r"the gradient of the result with respect to `nats`: 7 of 8"),
         ("floats", parts_as_floats, r"the gradient of the result with respect to `nats`: 7 of 8 values differ"),
@@ -201,14 +201,14 @@ WRONG = {
         ("one sum", parts_added, r"the result should have shape \(2,\), got \(\)"),
         ("two mistakes", parts_without_nan, r"the result: \d of \d values differ"),
     ],
-    "11.4": [
+    "13.4": [
         ("absolute values", norm_of_absolute_values, r"the result: got \S+, expected"),
         ("each rank", norm_of_each_rank, r"the result should be a number, got \[\d"),
         ("two mistakes", norm_of_first_copies_of_everything, r"the result: got \S+, expected"),
         ("a mean over ranks", norm_of_mean_copies, r"the result: got \S+, expected"),
         ("None", lambda shards, copied: None, r"the result should be a number, got None"),
     ],
-    "11.5": [
+    "13.5": [
         (
             "no repetition",
             steps_as_set,
@@ -220,7 +220,7 @@ WRONG = {
         ("two mistakes", steps_with_two_mistakes, r"the result should have 11 parts, not 7"),
         ("floats", lambda *a: [float(s) for s in given.steps_taken(*a)], r"is correct, but return an int, not a float"),
     ],
-    "11.6": [
+    "13.6": [
         ("no kill", only_numbers_of_ranks, r"✗ it misses a bug; hint: compare weights with and without a kill"),
         ("equal ranks", only_kills, r"✗ it misses a bug; hint: try several numbers of ranks"),
         ("only weights", only_weights, r"✗ it misses a bug; hint: compare biases with and without a kill"),
