@@ -60,7 +60,7 @@ SLOW = (
     "sandbox/",
     "test_documented_commands.py",
     "test_gpu_benchmark.py",
-    "test_readme.py",
+    "test_own_checkpoint.py",
     "test_types.py",
     "training/test_after_v3_benchmarks.py",
     "training/test_indexer_training.py",

@@ -8,6 +8,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+COMMANDS = ROOT / "docs/COMMANDS.md"
 
 
 @functools.cache

@@ -1,13 +1,10 @@
 """What an engineer brings along: a tiny DeepSeek-V3 with its tokenizer, made and saved by transformers."""
 
-from pathlib import Path
-
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
-README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # DeepSeek's own
 VOCAB, PADDED = 400, 416
 TEXT = """

@@ -9,10 +9,13 @@ import re
 from pathlib import Path
 from pkgutil import resolve_name
 from urllib.parse import unquote
+from xml.sax.saxutils import escape
 
 import pytest
 from documents import CONTRIBUTING, README, ROOT, cells, links, names, read, rows, without_code
 
+from minids.course.drawings import DRAWINGS
+from minids.course.drawings.__main__ import PICTURES
 from minids.course.drawings.v3_map import v3_map
 
 INDEX, ERRATA, FACTS = (ROOT / "docs" / name for name in ("INDEX.md", "ERRATA.md", "FACTS.md"))
@@ -57,7 +60,7 @@ def broken(path, markdown, coming=frozenset()):
 
 def coming():
     """Chapters that the README names without a link, and their exercises."""
-    stems = [row[0].replace(" ", "_") for row in rows(read(README), columns=4) if re.match(r"\d\d ", row[0])]
+    stems = [row[1].replace(" ", "_") for row in rows(read(README), columns=6) if re.match(r"\d\d ", row[1])]
     return {ROOT / folder / f"{stem}.ipynb" for stem in stems for folder in ("chapters", "exercises")}
 
 
@@ -87,11 +90,18 @@ def minutes(path):
     return stated
 
 
+def to_read(path):
+    """What the first cell of code says that a chapter takes to read, in minutes."""
+    first = next(cell for cell in cells(path) if cell.cell_type == "code")
+    stated = re.search(r"^start\(.*reading=(\d+)", first.source, re.MULTILINE)
+    return stated[1] if stated else NOTHING
+
+
 def test_the_readme_lists_fourteen_chapters_and_links_those_that_are_written():
-    table = [row for row in rows(read(README), columns=4) if re.match(r"\[?\d\d ", row[0])]
-    assert [re.search(r"\d\d", row[0])[0] for row in table] == [f"{number:02}" for number in range(14)]
-    written = [[f"[{p.stem.replace('_', ' ', 1)}](chapters/{p.name})", minutes(p)] for p in CHAPTERS]
-    assert [[title, stated] for title, _, stated, _ in table if stated != "coming"] == written
+    table = [row[1:] for row in rows(read(README), columns=6) if row[0].startswith("<img")]
+    assert [re.search(r"\d\d", title)[0] for title, *_ in table] == [f"{number:02}" for number in range(14)]
+    written = [[f"[{p.stem.replace('_', ' ', 1)}](chapters/{p.name})", minutes(p), to_read(p)] for p in CHAPTERS]
+    assert [[title, run, reading] for title, _, run, reading, _ in table if run != "coming"] == written
     assert not [name for *_, files in table for name in names(files) if not (ROOT / "minids" / name).exists()]
 
 
@@ -266,7 +276,7 @@ def test_every_erratum_says_what_minids_does_and_which_test_holds_it():
 
 def test_the_map_of_the_package_names_every_subpackage_and_files_that_exist():
     subpackage, mapped = "", set()
-    for place, files, _ in rows(read(README).partition("## The package")[2], columns=3):
+    for place, files, _ in rows(read(ROOT / "docs/PACKAGE.md"), columns=3):
         subpackage = names(place)[0] if place else subpackage
         mapped |= {subpackage + file for file in names(files)}
     assert not {name for name in mapped if not (ROOT / "minids" / name).exists()}
@@ -280,12 +290,22 @@ def test_the_site_has_every_document():
     assert re.findall(r"glob: (\S+)", contents) == ["chapters/*", "exercises/*"]
 
 
-def test_the_readmes_map_is_that_of_the_chapters():
-    """Made by: python -c "from minids.course.drawings.v3_map import v3_map; print(v3_map().svg(), end='')" """
-    drawn = (ROOT / "docs/map.svg").read_text(encoding="utf-8")
-    assert "docs/map.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
-    for box in v3_map().boxes.values():
-        assert box.label in drawn and box.shape in drawn
+README_PICTURES = {"docs/map.svg": v3_map} | {f"docs/pictures/{n}.svg": DRAWINGS[name] for n, name in PICTURES.items()}
+
+
+@pytest.mark.parametrize("file, draw", README_PICTURES.items(), ids=README_PICTURES)
+def test_a_picture_of_the_readme_is_the_drawing_of_its_chapter(file, draw):
+    """Made by `python -m minids.course.drawings`."""
+    drawn = (ROOT / file).read_text(encoding="utf-8")
+    assert file in read(README)
+    for box in draw().boxes.values():
+        assert all(
+            escape(word) in drawn for text in (box.label, box.shape) for word in re.sub(r"\$.*?\$", "", text).split()
+        )
+
+
+def test_the_readme_reads_well_before_it_has_an_address():
+    assert not re.search("OWNER|ADDRESS|localhost", read(README))
 
 
 GLOSSARY = [

@@ -1,19 +1,63 @@
 """The static site: Jupyter Book over the notebooks as they are stored; `python3 course.py site` runs it.
 
-It works on a copy, because Jupyter Book reads all that lies below its source, virtual environments included.
+    python3 course.py site [--repository OWNER/NAME] [options of jupyter-book build]
+
+With a repository on GitHub, pages link to their sources, to Binder and to Colab. It works on a copy, because Jupyter
+Book reads all that lies below its source, virtual environments included.
 """
 
+import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
 
-from jupyter_book.cli.main import main
-
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "site"
+SETTINGS = ROOT / "docs/site"
 LEFT_OUT = shutil.ignore_patterns(".*", "runs", "site", "solutions", "tests", "__pycache__", "*.egg-info")
+WITH_A_REPOSITORY = """
+repository:
+  url: https://github.com/{repository}
+  branch: main
+launch_buttons:
+  notebook_interface: jupyterlab
+  binderhub_url: https://mybinder.org
+  colab_url: https://colab.research.google.com
+html:
+  use_repository_button: true
+"""
 
-shutil.rmtree(SITE, ignore_errors=True)
-shutil.copytree(ROOT, SITE / "source", ignore=LEFT_OUT)
-settings = ["--config", str(ROOT / "docs/site/_config.yml"), "--toc", str(ROOT / "docs/site/_toc.yml")]
-main(["build", str(SITE / "source"), "--path-output", str(SITE), *settings, *sys.argv[1:]])
+
+def configuration(repository: str | None) -> str:
+    """Return the settings of Jupyter Book. Raises `ValueError` if the repository is not named as OWNER/NAME."""
+    common = (SETTINGS / "_config.yml").read_text(encoding="utf-8")
+    if repository is None:
+        return common
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(
+            f"repository={repository!r}: must be OWNER/NAME, as in the address https://github.com/OWNER/NAME"
+        )
+    return common + WITH_A_REPOSITORY.format(repository=repository)
+
+
+def build(repository: str | None, options: list[str]) -> None:
+    """Copy the sources to site/source, and build site/_build/html from them."""
+    from jupyter_book.cli.main import main
+
+    settings = configuration(repository)
+    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.copytree(ROOT, SITE / "source", ignore=LEFT_OUT)
+    (SITE / "_config.yml").write_text(settings, encoding="utf-8")
+    paths = ["--config", str(SITE / "_config.yml"), "--toc", str(SETTINGS / "_toc.yml"), "--path-output", str(SITE)]
+    main(["build", str(SITE / "source"), *paths, *options])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="course.py site", add_help=False)
+    parser.add_argument("--repository", metavar="OWNER/NAME")
+    known, others = parser.parse_known_args()
+    try:
+        build(known.repository, others)
+    except ValueError as error:
+        sys.exit(f"course.py site: {error}")

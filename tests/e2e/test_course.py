@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -149,5 +150,35 @@ def test_ci_runs_the_test_command_of_the_readme():
     command = "python3 course.py test"
     assert command in (ROOT / "README.md").read_text()
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == command
-    steps = re.findall(r"^      - run: (\S.*)$", (ROOT / ".github/workflows/test.yml").read_text(), re.MULTILINE)
-    assert steps.count(".ci/run") == 2, "natively and on other processors"
+    for workflow in ("test", "weekly"):  # natively and on other processors
+        steps = re.findall(r"^      - run: (\S.*)$", workflow_text(workflow), re.MULTILINE)
+        assert steps.count(".ci/run") == 1
+
+
+def workflow_text(name):
+    return (ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["test", "weekly", "site"])
+def test_a_workflow_has_least_permissions_and_pinned_actions(name):
+    text = workflow_text(name)
+    assert re.search(r"^permissions:\n  contents: read$", text, re.MULTILINE)
+    used = re.findall(r"uses: (\S+)(.*)", text)
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action, _ in used)
+    assert all(re.fullmatch(r" # v[\d.]+", version) for _, version in used)
+
+
+def test_the_weekly_run_imitates_the_processors_of_a_contributor(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    known = [tuple(settings.values()) for settings in importlib.import_module("processors").PROCESSORS.values()]
+    weekly = re.findall(r"aten: (\w+), mkl: (\w+), onednn: (\w+)", workflow_text("weekly"))
+    assert len(weekly) == 2 and set(weekly) <= set(known)
+
+
+def test_the_containers_set_up_the_environment_of_the_course():
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    assert f"FROM python:{oldest}" in dockerfile and container["image"].endswith(f"python:{oldest}")
+    assert "course.set_up()" in dockerfile and "course.set_up()" in container["postCreateCommand"]
+    assert "EXPOSE 8888" in dockerfile and container["forwardPorts"] == [8888]

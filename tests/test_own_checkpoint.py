@@ -1,4 +1,4 @@
-"""The README's program for a checkpoint from elsewhere: run as it stands, on one that transformers has made."""
+"""The program of docs/COMMANDS.md for a checkpoint from elsewhere: run as it stands, on one made by transformers."""
 
 import re
 import subprocess
@@ -6,15 +6,16 @@ import sys
 
 import pytest
 import torch
-from foreign import END, PADDED, README, save_checkpoint
+from documents import COMMANDS
+from foreign import END, PADDED, save_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minids.interop.hf import load_pretrained
 
 
 def program():
-    """The only block of the README that loads a "checkpoint"."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    """The only block of docs/COMMANDS.md that loads a "checkpoint"."""
+    blocks = re.findall(r"^```python\n(.*?)^```", COMMANDS.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     (found,) = [block for block in blocks if '"checkpoint"' in block]
     return found
 
