@@ -29,7 +29,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
         aside.mkdir()
         yield aside
         for path in (*aside.iterdir(), aside):
-            _flush(path)
+            flush_to_disk(path)
         if directory.exists():
             directory.rename(retired)
         try:
@@ -38,7 +38,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
             if retired.exists():
                 retired.rename(directory)
             raise
-        _flush(directory.parent)
+        flush_to_disk(directory.parent)
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -57,13 +57,13 @@ def atomic_write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
-        _flush(partial)
+        flush_to_disk(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Flush a file, or a folder's entries, from the operating system's cache to the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder

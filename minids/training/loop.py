@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids.config import ModelConfig
+from minids.files import flush_to_disk
 from minids.model.transformer import MiniDS
 from minids.training.checkpoint import (
     checkpoints,
@@ -113,10 +114,16 @@ class Loop(ABC):
                 bar.set_postfix_str(self.progress_message(metrics), refresh=False)
                 bar.update()
                 if directory is not None and (self.step == steps or self.step % self.recipe.checkpoint_every == 0):
-                    self.save(directory / "checkpoints")
+                    self._save_with_metrics(directory)
             if directory is not None and self.step < steps:
-                self.save(directory / "checkpoints")
+                self._save_with_metrics(directory)
         return history
+
+    def _save_with_metrics(self, directory: Path) -> None:
+        """Save a checkpoint whose metrics are on disk: after a power cut no checkpoint is newer than they are."""
+        if self.writes_files:
+            flush_to_disk(directory / "metrics.jsonl")
+        self.save(directory / "checkpoints")
 
     def should_stop(self, requested: bool) -> bool:
         """Whether to stop before the next step; `requested` tells whether Ctrl-C, SIGTERM or SIGHUP was received."""

@@ -34,9 +34,9 @@ sys.exit(main())
 KILLS = {
     "in the third step": ("minids.training.pretrain", "losses", 3, "before"),
     "while writing the second checkpoint's tensors": ("minids.files", "save_file", 5, "before"),
-    "before the second checkpoint is on disk": ("minids.files", "_flush", 8, "before"),
-    "before the second checkpoint is renamed": ("minids.files", "_flush", 10, "after"),
-    "after the second checkpoint is renamed": ("minids.files", "_flush", 12, "before"),
+    "before the second checkpoint is on disk": ("minids.files", "flush_to_disk", 10, "before"),
+    "before the second checkpoint is renamed": ("minids.files", "flush_to_disk", 12, "after"),
+    "after the second checkpoint is renamed": ("minids.files", "flush_to_disk", 14, "before"),
     "while deleting an old checkpoint": ("minids.training.loop", "remove_checkpoint", 1, "before"),
 }
 

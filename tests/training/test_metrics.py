@@ -7,6 +7,7 @@ import pytest
 from training.helpers import RECIPE, counting_data, nano
 
 from minids.cli import train as train_command
+from minids.training import loop
 from minids.training.pretrain import train
 
 
@@ -32,6 +33,21 @@ def test_tensorboard_shows_what_the_metrics_file_holds(tmp_path):
         expected = {line["step"]: pytest.approx(line[name], rel=1e-6) for line in lines if name in line}
         events = shown.Scalars(name)
         assert {event.step: event.value for event in events} == expected and len(events) == len(expected)
+
+
+def test_no_checkpoint_is_newer_on_disk_than_its_metrics(tmp_path, monkeypatch):
+    """metrics.jsonl is flushed to disk, with every step so far, before a checkpoint is written."""
+    flushed, once = [], loop.flush_to_disk
+
+    def flush(path):
+        flushed.append(len(path.read_text().splitlines()))
+        assert not (tmp_path / f"checkpoints/step-{flushed[-1]:08d}").exists()
+        once(path)
+
+    monkeypatch.setattr(loop, "flush_to_disk", flush)
+    train(nano(), counting_data(), RECIPE, directory=tmp_path, progress=False)
+    written = [int(path.name[-8:]) for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert flushed[-2:] == written and len(flushed) >= 2
 
 
 def test_without_the_package_nothing_is_written(tmp_path, monkeypatch):
