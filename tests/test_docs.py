@@ -19,7 +19,8 @@ from minids.course.drawings.__main__ import PICTURES
 from minids.course.drawings.v3_map import v3_map
 
 INDEX, ERRATA, FACTS = (ROOT / "docs" / name for name in ("INDEX.md", "ERRATA.md", "FACTS.md"))
-DOCUMENTS = [README, CONTRIBUTING, ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, CONTRIBUTING, *(ROOT / name for name in ("SECURITY.md", "CHANGELOG.md", "benchmarks/README.md"))]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 GENERATED = "<!-- made from the table above by `python tests/test_docs.py` -->\n"
 NOTHING = "–"
 
