@@ -43,3 +43,9 @@ def test_division_between_experts_and_memory_shows_nothing():
     rows = [row["validation_bits_per_byte"] for row in stored("engram")["divisions"]]
     means = [statistics.mean(row) for row in rows]
     assert max(means) - min(means) < max(map(statistics.stdev, rows))
+
+
+def test_a_memory_recalls_local_facts_and_experts_alone_do_not():
+    table = stored("engram_facts")["recalled"]
+    local = {name: [run["local"] for run in row["runs"]] for name, row in table.items()}
+    assert max(local["64 experts"]) < 0.7 < 0.95 < min(local["48 experts"])

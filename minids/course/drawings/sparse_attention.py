@@ -1,13 +1,10 @@
-"""Sparse attention: V3.2's indexer, which chooses the cached tokens of each query, and V4's compressed entries."""
+"""Sparse attention: V3.2's indexer, how it is trained, and V4's compressed entries."""
 
 from minids.config import ModelConfig
 from minids.course.diagrams import Diagram, Role, shape
 
-WINDOW, CSA, HCA = (
-    128,
-    4,
-    128,
-)  # V4: raw tokens that every layer attends to, and tokens per entry (AFTER_V3 section 4.1)
+# V4: raw tokens that every layer attends to, and tokens per entry (FACTS.md section 10)
+WINDOW, CSA, HCA = 128, 4, 128
 
 
 def indexer(config: ModelConfig | None = None) -> Diagram:
@@ -61,4 +58,56 @@ def compressed(window: int = WINDOW, csa: int = CSA, hca: int = HCA) -> Diagram:
             d.path([(x, y + 0.4), (x, top), (15.2, top), (15.2, y + 0.4)])
     d.note(0.8, 4.7, f"an entry overlaps: it mixes its own {csa} tokens and the {csa} before, by a softmax per channel")
     d.note(0.8, 0.7, "an entry is key and value at once, one for all heads; its position is that of its first token")
+    return d
+
+
+def training_stages() -> Diagram:
+    """Draw which loss trains which part in the two stages of the indexer's training (V3.2-Exp eq. 3 and 4)."""
+    d = Diagram(17.2, 7.6, "Two stages: the indexer first learns from dense attention, then both learn side by side")
+    stages = (("dense warm-up", "all visible tokens", True), ("sparse stage", "the chosen tokens only", False))
+    for (name, tokens, frozen), x in zip(stages, (0.3, 8.75), strict=True):
+        d.frame(x, 0.3, x + 8.15, 7.2, f"{name}: attention over {tokens}")
+        left, right = x + 2.2, x + 6.0
+        d.box(f"{name} input", x + 4.1, 1.2, "hidden states", "", "tensor", 3.0, 0.7)
+        d.box(f"{name} indexer", left, 3.3, "indexer", "trained", "here", 2.8)
+        role: Role = "idle" if frozen else "here"
+        d.box(f"{name} model", right, 3.3, "model", "frozen" if frozen else "trained", role, 2.8)
+        d.box(f"{name} KL", left, 5.6, "KL loss", f"over {tokens}", "operation", 4.0)
+        if frozen:
+            d.box(f"{name} loss", right, 5.6, "attention p", "the target", "tensor", 2.6)
+        else:
+            d.box(f"{name} loss", right, 5.6, "language loss", "and p, the target", "operation", 2.9)
+        d.arrow(f"{name} input", f"{name} indexer", dashed=True)
+        d.arrow(f"{name} input", f"{name} model")
+        d.arrow(f"{name} indexer", f"{name} KL")
+        d.arrow(f"{name} model", f"{name} loss")
+        d.arrow(f"{name} loss", f"{name} KL", dashed=True)
+    d.note(0.6, 0.55, "dashed: detached, no gradient goes back")
+    return d
+
+
+def csa_entries(block: int = CSA, blocks: int = 3) -> Diagram:
+    """Draw which tokens each entry of CSA mixes; the last block is not finished and has no entry."""
+    d = Diagram(
+        17.2, 6.8, f"An entry of CSA mixes {2 * block} tokens: {block} of its own block, {block} of the one before"
+    )
+    width = 1.02
+    for i in range(blocks * block + 2):
+        finished = i < blocks * block
+        x = 1.0 + i * width + 0.35 * (i // block)
+        d.box(f"token {i}", x, 1.2, f"{i}", "", "tensor" if finished else "idle", 0.86, 0.6)
+    for b in range(blocks):
+        own = [d.boxes[f"token {b * block + j}"] for j in range(block)]
+        x = (own[0].x + own[-1].x) / 2
+        d.box(f"entry {b}", x, 4.9, f"entry {b}", f"RoPE at {b * block}", "cache", 3.0)
+        d.box(f"series {b}", x, 2.9, "2 series, 2 logits", "per token and channel", "operation", 3.8)
+        d.arrow(f"series {b}", f"entry {b}", "own block" if b == 0 else "")
+        d.path([(x, 1.5), (x, 2.5)])
+        if b:
+            before = d.boxes[f"series {b - 1}"].x
+            d.path([(before + 1.3, 3.3), (before + 1.3, 3.95), (x - 0.9, 3.95), (x - 0.9, 4.5)], strong=True)
+    last = d.boxes[f"token {blocks * block + 1}"]
+    d.note(last.x - 1.5, 2.2, "unfinished block:\nno entry yet", size=8.2)
+    d.note(0.6, 5.9, "thick: the series for the following entry; one softmax per channel over all tokens of an entry")
+    d.note(0.6, 0.45, "tokens")
     return d

@@ -12,5 +12,7 @@ NAMES = {
     8: "08_expert_parallel",
     9: "09_r1_zero",
     10: "10_r1",
+    11: "11_sparse_attention",
+    12: "12_after_v3",
     13: "13_multi_gpu",
 }
