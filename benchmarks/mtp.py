@@ -40,8 +40,8 @@ GREEDY = Sampling(0.0)
 class PostNorm(MiniDS):
     """The prediction modules continue from the stream after the final norm."""
 
-    def trunk(self, tokens, cache=None):
-        hidden, routings = super().trunk(tokens, cache)
+    def trunk(self, *inputs):
+        hidden, routings = super().trunk(*inputs)
         return self.norm(hidden), routings
 
     def logits(self, hidden):

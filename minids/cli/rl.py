@@ -40,8 +40,12 @@ def rl_command(
     """Train a base model with rule-based rewards, as R1-Zero, and store the run under runs/.
 
     Args:
-        task: Task to learn: trace (arithmetic, rewarded by the answer) or program (Python, rewarded by unit tests).
-        variant: Published variant, which sets averaging, ratio, std and clips: grpo, dr_grpo, dapo or gspo.
+        task: Task to learn: trace (arithmetic, rewarded by the answer), program (Python, rewarded by unit tests) or
+            signs (find an expression by search, rewarded by its value; see also --max-new-tokens 192).
+        variant: Published variant, which sets averaging, ratio, std, clips and KL weight: grpo; r1 (a ratio per answer,
+            clip 10); dr_grpo (no std, constant divisor); dapo (mean over tokens, clip up to 1.28, dynamic sampling);
+            gspo (one mean ratio per sequence, clip 0.0003 and 0.0004). Clips and ratios act from the second update on a
+            batch of answers: add --mini-batches 16, as R1-Zero did; gspo is refused without.
         recipe: Training settings.
         format_weight: Weight of the format reward (accuracy has weight 1).
         language_weight: Weight of the language reward, the share of English words in the thought; 0 is R1-Zero.
@@ -92,7 +96,7 @@ def carry_out(directory: Path, device: str) -> None:
     if trainer.step < recipe.steps:
         print(f"\nStopped after step {trainer.step}. Resume with:\n    python -m minids rl --resume {quoted}")
         return
-    _report(directory)
+    _report(directory, task.held_out(1)[0].prompt)
 
 
 def _train_base(directory: Path, task: Task, recipe: Any, device: str) -> MiniDS | None:
@@ -103,11 +107,11 @@ def _train_base(directory: Path, task: Task, recipe: Any, device: str) -> MiniDS
     return trainer.model if trainer.step == recipe.steps else None
 
 
-def _report(directory: Path) -> None:
+def _report(directory: Path, prompt: str) -> None:
     evaluated = [metrics for metrics in read_metrics(directory) if "held_out/pass@1" in metrics]
     before, after = (evaluated[0], evaluated[-1]) if evaluated else ({}, {})  # without metrics.jsonl
     for name in (name for name in after if name.startswith("held_out/pass") and not name.endswith("interval")):
         (old, old_half), (new, new_half) = ((m[name], m[f"{name}_interval"]) for m in (before, after))
         print(f"{name}: {old:.3f} ± {old_half:.3f} before, {new:.3f} ± {new_half:.3f} after")
     print(f"Stored in {directory}/: checkpoints, metrics.jsonl, samples/. Next:")
-    print(f"    python -m minids sample {shlex.quote(str(directory))} --prompt 'a7 b+8 c-9?'")
+    print(f"    python -m minids sample {shlex.quote(str(directory))} --prompt {shlex.quote(prompt)}")

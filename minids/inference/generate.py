@@ -5,16 +5,17 @@ overwritten before any token attends to them); finished sequences are removed fr
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minids.config import Fraction, check_fields, require
 from minids.inference.compiled import FusedDecoder, load_step
 from minids.model.kv_cache import KVCache
 from minids.model.layers import at_least_float32
+from minids.model.moe import Routing
 from minids.model.transformer import MiniDS
 
 LOWEST_TEMPERATURE = 1e-6  # below, logits divided by it overflow in float32
@@ -61,6 +62,28 @@ class Sampling:
         return tokens[:, 0], logp.gather(1, tokens)[:, 0]
 
 
+@dataclass
+class Trace:
+    """What was decided while prompts were continued; one entry per prompt. `stream` fills it.
+
+    V3.2 trains on answers with these decisions: the same experts, the same set of tokens (FACTS.md section 10.2).
+    """
+
+    experts: list[list[Int[Tensor, "read moe_layers k"]]] = field(default_factory=list)
+    """Of each token that was read, the experts of every MoE layer, in parts; none for a dense model."""
+    allowed: list[list[Bool[Tensor, "vocab"]]] = field(default_factory=list)
+    """Of each token that was drawn, the set of tokens that could be drawn."""
+
+    def read(
+        self, routings: Sequence[Routing], prompts: Sequence[int], rows: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        """Add a forward pass: for the j-th of `prompts` the first `lengths[j]` tokens of row `rows[j]`."""
+        if routings:
+            experts = torch.stack([routing.experts for routing in routings], 2)  # [batch, seq, moe_layers, k]
+            for prompt, row, length in zip(prompts, rows, lengths, strict=True):
+                self.experts[prompt].append(experts[row, : max(0, length)])
+
+
 def check_prompts(model: MiniDS, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raise `ValueError` for a prompt that is empty, has an unknown token, or exceeds the context length."""
     context, vocab = model.config.max_position_embeddings, model.config.vocab_size
@@ -80,7 +103,11 @@ def check_prompts(model: MiniDS, prompts: Sequence[Sequence[int]], max_new_token
 
 
 def prefill(
-    model: MiniDS, prompts: Sequence[Sequence[int]], cache: KVCache, chunk: int | None = None
+    model: MiniDS,
+    prompts: Sequence[Sequence[int]],
+    cache: KVCache,
+    chunk: int | None = None,
+    trace: Trace | None = None,
 ) -> tuple[Float[Tensor, "batch longest *streams dim"], Int[Tensor, "batch longest"]]:
     """Prefill an empty cache with all prompts, `chunk` positions at a time; return hidden states and padded prompts.
 
@@ -90,9 +117,15 @@ def prefill(
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-    hidden = torch.cat([model.trunk(part, cache)[0] for part in tokens.split(chunk or longest, dim=1)], 1)
+    hidden, read = [], 0
+    for part in tokens.split(chunk or longest, dim=1):
+        of_part, routings = model.trunk(part, cache)
+        hidden.append(of_part)
+        if trace is not None:
+            trace.read(routings, range(len(prompts)), range(len(prompts)), (lengths - read).tolist())
+        read += part.shape[1]
     cache.truncate(lengths)
-    return hidden, tokens
+    return torch.cat(hidden, 1), tokens
 
 
 class CachedDecoder:
@@ -101,11 +134,12 @@ class CachedDecoder:
     def __init__(self, model: MiniDS, cache: KVCache):
         self.model, self.cache = model, cache
         self.rows = torch.arange(len(cache.lengths), device=cache.lengths.device)  # of the active sequences
+        self.routings: list[Routing] = []  # of the last step
 
     def step(self, tokens: Int[Tensor, "active"]) -> Float[Tensor, "active vocab"]:
         """Add one token to each active sequence; return the logits after it."""
         stored = torch.empty_like(tokens).index_put_((self.rows,), tokens)
-        hidden, _ = self.model.trunk(stored[:, None], self.cache)
+        hidden, self.routings = self.model.trunk(stored[:, None], self.cache)
         return self.model.logits(hidden)[:, 0].index_select(0, self.rows)
 
     def keep(self, rows: Int[Tensor, "kept"]) -> None:
@@ -124,17 +158,22 @@ def stream(
     generator: torch.Generator | None = None,
     prefill_chunk: int | None = None,
     compiled: bool = False,
+    trace: Trace | None = None,
 ) -> Iterator[tuple[list[int], list[int], list[float]]]:
     """Generate; yield after each step the active prompts' indices, their new tokens, and the log-probabilities.
 
     A prompt is active until one of the `stop` tokens was generated. With `compiled`, decoding runs the fused step that
     `compiled.load_step` returns (the first time for a config it compiles for about a minute), and the model itself
-    where there is no compiler. Raises `ValueError` as `check_prompts` and `load_step` do.
+    where there is no compiler. A `trace` is filled; it cannot be `compiled`, which does not tell its routing. Raises
+    `ValueError` for both together, and as `check_prompts` and `load_step` do.
     """
     check_prompts(model, prompts, max_new_tokens)
+    if trace is not None:
+        require(not compiled, "compiled", compiled, "must be False with a trace, which a compiled step cannot fill")
+        trace.experts[:], trace.allowed[:] = ([[] for _ in prompts] for _ in range(2))
     step = load_step(model, len(prompts)) if compiled else None
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
-    hidden, _ = prefill(model, prompts, cache, prefill_chunk)
+    hidden, _ = prefill(model, prompts, cache, prefill_chunk, trace)
     last = hidden[torch.arange(len(prompts)), cache.lengths - 1][:, None]  # [batch, 1, dim]
     logits = model.logits(last)[:, 0]
     decoder = CachedDecoder(model, cache) if step is None else FusedDecoder(step, step.batch, cache, max_new_tokens)
@@ -143,6 +182,9 @@ def stream(
     for left in reversed(range(max_new_tokens)):
         tokens, logps = sampling.draw(logits, generator)
         drawn = tokens.tolist()
+        if trace is not None:
+            for prompt, possible in zip(alive, sampling.log_probabilities(logits) > -torch.inf, strict=True):
+                trace.allowed[prompt].append(possible)
         yield alive, drawn, logps.tolist()
         going = [row for row, token in enumerate(drawn) if token not in ends]
         if not going or not left:
@@ -153,6 +195,8 @@ def stream(
             tokens = tokens[rows]
             alive = [alive[row] for row in going]
         logits = decoder.step(tokens)
+        if trace is not None and isinstance(decoder, CachedDecoder):
+            trace.read(decoder.routings, alive, decoder.rows.tolist(), [1] * len(alive))
 
 
 def generate(model: MiniDS, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """One transformer layer with pre-norm residual connections."""
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
@@ -16,7 +16,7 @@ class Block(nn.Module):
     """One transformer layer: attention, then a dense feed-forward or a mixture of experts.
 
     Each reads the normalised residual stream, and its output is added to the residual stream. Returns the residual
-    stream, and the routing of the experts or None.
+    stream, and the routing of the experts or None. `experts` are given to the mixture of experts, see `MoE`.
     """
 
     def __init__(self, config: ModelConfig, dense: bool):
@@ -31,9 +31,13 @@ class Block(nn.Module):
         self.ffn = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
     def forward(
-        self, x: Float[Tensor, "batch seq dim"], context: AttentionContext, cache: Cache | None = None
+        self,
+        x: Float[Tensor, "batch seq dim"],
+        context: AttentionContext,
+        cache: Cache | None = None,
+        experts: Int[Tensor, "batch seq k"] | None = None,
     ) -> tuple[Float[Tensor, "batch seq dim"], Routing | None]:
         x = x + self.attention(self.attention_norm(x), context, cache)  # [batch, seq, dim]
-        out = self.ffn(self.ffn_norm(x))
-        out, routing = out if isinstance(self.ffn, MoE) else (out, None)
+        h = self.ffn_norm(x)
+        out, routing = self.ffn(h, experts) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
         return x + out, routing

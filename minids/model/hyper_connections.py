@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
@@ -136,14 +136,18 @@ class HyperBlock(Block):
         self.ffn_connection = HyperConnection(config, 2 * index + 1)
 
     def forward(
-        self, x: Float[Tensor, "batch seq n dim"], context: AttentionContext, cache: Cache | None = None
+        self,
+        x: Float[Tensor, "batch seq n dim"],
+        context: AttentionContext,
+        cache: Cache | None = None,
+        experts: Int[Tensor, "batch seq k"] | None = None,
     ) -> tuple[Float[Tensor, "batch seq n dim"], Routing | None]:
         weights = self.attention_connection.coefficients(x)
         out = self.attention(self.attention_norm(read_streams(x, weights.read)), context, cache)  # [batch, seq, dim]
         x = write_streams(x, out, weights)
         weights = self.ffn_connection.coefficients(x)
-        out = self.ffn(self.ffn_norm(read_streams(x, weights.read)))
-        out, routing = out if isinstance(self.ffn, MoE) else (out, None)
+        h = self.ffn_norm(read_streams(x, weights.read))
+        out, routing = self.ffn(h, experts) if isinstance(self.ffn, MoE) else (self.ffn(h), None)
         return write_streams(x, out, weights), routing
 
 

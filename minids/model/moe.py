@@ -76,6 +76,12 @@ class Router(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * self.config.routed_scaling_factor, scores)
 
+    def keep(self, routing: Routing, experts: Int[Tensor, "batch seq k"]) -> Routing:
+        """Route to given experts, with the gate weights of their affinities (V3.2's kept routing)."""
+        weights = routing.scores.gather(-1, experts)
+        total = weights.sum(-1, keepdim=True) + 1e-20 if self.config.norm_topk_prob else 1.0
+        return Routing(experts, weights / total * self.config.routed_scaling_factor, routing.scores)
+
     def scores(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq experts"]:
         """Compute the affinity of each token to each expert, in float32 or float64, also under autocast."""
         x = at_least_float32(x)
@@ -253,7 +259,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Sum of the shared experts and the weighted routed experts (V3 eq. 12); also returns the routing."""
+    """Sum of the shared experts and the weighted routed experts (V3 eq. 12), chosen or given; and the routing."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -262,8 +268,12 @@ class MoE(nn.Module):
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared = SwiGLU(config.hidden_size, shared_width) if shared_width else None
 
-    def forward(self, x: Float[Tensor, "batch seq dim"]) -> tuple[Float[Tensor, "batch seq dim"], Routing]:
+    def forward(
+        self, x: Float[Tensor, "batch seq dim"], experts: Int[Tensor, "batch seq k"] | None = None
+    ) -> tuple[Float[Tensor, "batch seq dim"], Routing]:
         routing = self.router(x)
+        if experts is not None:
+            routing = self.router.keep(routing, experts)
         out = self.experts(x, routing)  # [batch, seq, dim]
         return (out if self.shared is None else out + self.shared(x)), routing
 

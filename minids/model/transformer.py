@@ -35,7 +35,7 @@ from minids.model.engram import EngramLayers, new_history
 from minids.model.hyper_connections import CollapsingNorm, HyperBlock, HyperMTPModule, expand
 from minids.model.kv_cache import AttentionContext, IndexerTraining, KVCache
 from minids.model.layers import ModuleList, RMSNorm
-from minids.model.moe import Experts, Router, Routing, update_balance_bias
+from minids.model.moe import Experts, MoE, Router, Routing, update_balance_bias
 from minids.model.mtp import MTPModule
 from minids.model.rope import rotations
 
@@ -89,14 +89,16 @@ class MiniDS(nn.Module):
         mtp: bool = False,
         cache: KVCache | None = None,
         indexer: IndexerTraining | None = None,
+        experts: Int[Tensor, "moe_layers batch seq k"] | None = None,
     ) -> Output:
         """Compute the next-token logits at every position; with `mtp` also those of the MTP modules.
 
         With a cache, `tokens` continue the cached sequences and are added to the cache. With `indexer`, the indexers of
-        sparse attention add their losses to it. Raises `ValueError` if the sequence exceeds the context length or the
-        capacity of the cache.
+        sparse attention add their losses to it. With `experts`, the MoE layers of the trunk use these instead of those
+        that their routers choose. Raises `ValueError` if the sequence exceeds the context length or the capacity of the
+        cache.
         """
-        hidden, routings = self.trunk(tokens, cache, indexer)  # hidden [batch, seq, dim]
+        hidden, routings = self.trunk(tokens, cache, indexer, experts)  # hidden [batch, seq, dim]
         out = Output(self.logits(hidden), hidden, routings=routings)
         if mtp:
             self._predict_further(tokens, out, indexer)
@@ -105,7 +107,11 @@ class MiniDS(nn.Module):
         return out
 
     def trunk(
-        self, tokens: Int[Tensor, "batch seq"], cache: KVCache | None = None, indexer: IndexerTraining | None = None
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        cache: KVCache | None = None,
+        indexer: IndexerTraining | None = None,
+        experts: Int[Tensor, "moe_layers batch seq k"] | None = None,
     ) -> tuple[Float[Tensor, "batch seq *streams dim"], list[Routing]]:
         """Run all layers; return the residual stream before the final norm, and the routing of every MoE layer."""
         x = self.embedding(tokens)  # [batch, seq, dim]
@@ -114,11 +120,12 @@ class MiniDS(nn.Module):
         context = self.attention_context(tokens, cache, indexer)
         if self.engram is not None:
             ngrams = self.engram.ngrams(tokens, context, None if cache is None else cache.layers[-1])
-        routings = []
+        routings: list[Routing] = []
         for i, layer in enumerate(self.layers):
             if self.engram is not None:
                 x = self.engram(i, x, ngrams)
-            x, routing = layer(x, context, cache and cache.layers[i])
+            given = None if experts is None or not isinstance(layer.ffn, MoE) else experts[len(routings)]
+            x, routing = layer(x, context, cache and cache.layers[i], given)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:

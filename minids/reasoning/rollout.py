@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minids.data.tokenizer import Tokenizer
-from minids.inference.generate import Sampling, stream
+from minids.inference.generate import Sampling, Trace, stream
 from minids.model.layers import at_least_float32
 from minids.model.moe import Routing
 from minids.model.transformer import MiniDS
@@ -19,30 +19,41 @@ from minids.reasoning.tasks import Problem
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer of a model: the problem, the prompt, the response, the log-probability of each token, the score."""
+    """One answer of a model: the problem, the prompt, the response, the log-probability of each token, the score.
+
+    `experts` and `allowed` are the decisions of sampling, where training keeps them (V3.2; see `generate.Trace`).
+    """
 
     problem: Problem
     prompt: list[int]
     response: Response
     logps: list[float]
     score: Score
+    experts: Int[Tensor, "read moe_layers k"] | None = field(default=None, compare=False, repr=False)
+    allowed: Bool[Tensor, "new vocab"] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class PaddedSamples:
     """Prompts and responses as one batch, padded on the right.
 
-    `mask[:, t]` tells whether token t + 1 was sampled, `old_logp[:, t]` with which log-probability.
+    `mask[:, t]` tells whether token t + 1 was sampled, `old_logp[:, t]` with which log-probability. `experts` are those
+    that read token t in sampling, `allowed[:, t]` the tokens among which token t + 1 was drawn; None: not kept.
     """
 
     tokens: Int[Tensor, "batch seq_plus_1"]
     mask: Bool[Tensor, "batch seq"]
     old_logp: Float[Tensor, "batch seq"]
+    experts: Int[Tensor, "moe_layers batch seq k"] | None = None
+    allowed: Bool[Tensor, "batch seq vocab"] | None = None
 
     def rows(self, rows: Int[Tensor, "rows"]) -> "PaddedSamples":
         """Return some rows without common padding: `mask` ends at the longest of these rows."""
         seq = int(self.mask[rows].any(0).nonzero().max()) + 1
-        return PaddedSamples(self.tokens[rows, : seq + 1], self.mask[rows, :seq], self.old_logp[rows, :seq])
+        experts = None if self.experts is None else self.experts[:, rows, :seq]
+        allowed = None if self.allowed is None else self.allowed[rows, :seq]
+        tokens, mask, old_logp = self.tokens[rows, : seq + 1], self.mask[rows, :seq], self.old_logp[rows, :seq]
+        return PaddedSamples(tokens, mask, old_logp, experts, allowed)
 
     def tokens_per_expert(self, routing: Routing) -> Int[Tensor, "experts"]:
         """Return the number of tokens per expert in the forward pass, without padding."""
@@ -51,7 +62,7 @@ class PaddedSamples:
 
 
 def pad(samples: Sequence[Sample], device: torch.device | str = "cpu") -> PaddedSamples:
-    """Pad samples to one batch."""
+    """Pad samples to one batch. In padding every token is allowed, and read by the first k experts."""
     sequences = [[*sample.prompt, *sample.response.tokens] for sample in samples]
     longest = max(map(len, sequences))
     tokens = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences], device=device)
@@ -61,7 +72,17 @@ def pad(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Padded
         sampled = slice(len(sample.prompt) - 1, len(sequences[row]) - 1)  # position t predicts token t + 1
         mask[row, sampled] = True
         old_logp[row, sampled] = torch.tensor(sample.logps, device=device)
-    return PaddedSamples(tokens, mask, old_logp)
+    experts = allowed = None
+    if chosen := [sample.experts for sample in samples if sample.experts is not None]:
+        layers, k = chosen[0].shape[1:]
+        experts = torch.arange(k, device=device).repeat(layers, len(samples), longest - 1, 1)
+        for row, of_row in enumerate(chosen):
+            experts[:, row, : len(sequences[row]) - 1] = of_row.transpose(0, 1)
+    if sets := [sample.allowed for sample in samples if sample.allowed is not None]:
+        allowed = torch.ones(*mask.shape, sets[0].shape[1], dtype=torch.bool, device=device)
+        for row, of_row in enumerate(sets):
+            allowed[row, mask[row]] = of_row.to(device)
+    return PaddedSamples(tokens, mask, old_logp, experts, allowed)
 
 
 def sample(
@@ -73,10 +94,13 @@ def sample(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     max_cache_bytes: int = 2**28,
+    top_p: float = 1.0,
+    trace: Trace | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sample an answer to every prompt; return its tokens, up to and including `stop`, and their log-probabilities.
 
-    The batch is as large as `max_cache_bytes` of KV cache allow. Raises `ValueError` where one sequence does not fit.
+    The batch is as large as `max_cache_bytes` of KV cache allow. The decisions of sampling are added to `trace`.
+    Raises `ValueError` where one sequence does not fit.
     """
     slots = max(map(len, prompts)) + max_new_tokens
     at_once = max_cache_bytes // model.new_cache(1, slots).num_bytes()
@@ -85,23 +109,38 @@ def sample(
     responses: list[list[int]] = [[] for _ in prompts]
     logps: list[list[float]] = [[] for _ in prompts]
     for first in range(0, len(prompts), at_once):
+        part = None if trace is None else Trace()
         steps = stream(
-            model, prompts[first : first + at_once], max_new_tokens=max_new_tokens, sampling=Sampling(temperature),
-            stop=[stop], generator=generator,
+            model, prompts[first : first + at_once], max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_p), stop=[stop], generator=generator, trace=part,
         )  # fmt: skip
         for alive, drawn, drawn_logps in steps:
             for row, token, logp in zip(alive, drawn, drawn_logps, strict=True):
                 responses[first + row].append(token)
                 logps[first + row].append(logp)
+        if trace is not None and part is not None:
+            trace.experts += part.experts
+            trace.allowed += part.allowed
     return responses, logps
 
 
 def token_logps(
-    model: MiniDS, tokens: Int[Tensor, "batch seq_plus_1"], temperature: float = 1.0
+    model: MiniDS,
+    tokens: Int[Tensor, "batch seq_plus_1"],
+    temperature: float = 1.0,
+    experts: Int[Tensor, "moe_layers batch seq k"] | None = None,
+    allowed: Bool[Tensor, "batch seq vocab"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch seq"], list[Routing]]:
-    """Return the log-probability of each next token under the sampling distribution, its entropy, and the routings."""
-    out = model(tokens[:, :-1])
-    logp = (at_least_float32(out.logits) / temperature).log_softmax(-1)
+    """Return the log-probability of each next token under the sampling distribution, its entropy, and the routings.
+
+    With `experts` and `allowed`, the decisions of sampling are kept: tokens are read by these experts, and the
+    distribution is that among the allowed tokens.
+    """
+    out = model(tokens[:, :-1], experts=experts)
+    logits = at_least_float32(out.logits) / temperature
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)  # -inf has no entropy: 0 * -inf
+    logp = logits.log_softmax(-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
     return logp.gather(-1, tokens[:, 1:, None])[..., 0], entropy, out.routings
 
@@ -117,17 +156,27 @@ def answer(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     max_cache_bytes: int = 2**28,
+    top_p: float = 1.0,
+    keep_routing: bool = False,
 ) -> list[list[Sample]]:
-    """Sample a group of scored answers to each problem; the last four arguments are those of `sample`."""
+    """Sample a group of scored answers to each problem, with the arguments of `sample`.
+
+    With `keep_routing` the samples hold their experts, with `top_p` below 1 the tokens among which each was drawn.
+    """
     repeated = [problem for problem in problems for _ in range(group_size)]
     prompts = [[tokenizer.bos_id, *tokenizer.encode(problem.prompt)] for problem in repeated]
+    trace = Trace() if keep_routing or top_p < 1 else None
     tokens, logps = sample(
         model, prompts, stop=tokenizer.eos_id, max_new_tokens=max_new_tokens, temperature=temperature,
-        generator=generator, max_cache_bytes=max_cache_bytes,
+        generator=generator, max_cache_bytes=max_cache_bytes, top_p=top_p, trace=trace,
     )  # fmt: skip
     responses = [read_response(of_prompt, tokenizer) for of_prompt in tokens]
     scores = apply_reward(reward, repeated, responses)
     samples = list(map(Sample, repeated, prompts, responses, logps, scores))
+    if trace is not None and keep_routing:
+        samples = [replace(one, experts=torch.cat(parts)) for one, parts in zip(samples, trace.experts, strict=True)]
+    if trace is not None and top_p < 1:
+        samples = [replace(one, allowed=torch.stack(sets)) for one, sets in zip(samples, trace.allowed, strict=True)]
     return [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
 
 

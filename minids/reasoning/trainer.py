@@ -2,7 +2,8 @@
 
 Notable choices: a step is a function of (model, optimizer state, step number) with random draws seeded by the number,
 so a resumed run equals an uninterrupted one; every step compares the log-probabilities of training with those of
-sampling; groups with zero advantages count in the averages but need no backward pass.
+sampling; groups with zero advantages count in the averages but need no backward pass; old log-probabilities are those
+of sampling, so from the second update on a batch (`mini_batches`, `inner_epochs`) the importance ratio is not 1.
 """
 
 import copy
@@ -19,11 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minids.config import ModelConfig, check_fields, require
+from minids.config import ModelConfig, require
 from minids.data.tokenizer import Tokenizer
 from minids.files import atomic_write_text
 from minids.model.transformer import MiniDS
-from minids.reasoning.grpo import Averaging, Ratio, group_advantages, grpo_loss, is_flat, token_weights
+from minids.reasoning.grpo import group_advantages, grpo_loss, is_flat, token_weights
+from minids.reasoning.off_policy import log_ratio, ratio_statistics
+from minids.reasoning.recipe import RLRecipe
 from minids.reasoning.rewards import Reward
 from minids.reasoning.rollout import (
     Sample,
@@ -39,72 +42,6 @@ from minids.training.checkpoint import load_checkpoint
 from minids.training.loop import Diverged, Loop
 from minids.training.metrics import Metrics
 from minids.training.optimizer import make_optimizers
-
-
-@dataclass(frozen=True)
-class RLRecipe:
-    """Settings of a GRPO run. The defaults train the base model of `r1_zero.py` in one or two minutes.
-
-    `averaging`, `ratio`, `scale_by_std`, the clips and `kl_weight` are parameters of `grpo_loss`; `grpo.VARIANTS` has
-    their values in each published variant.
-    """
-
-    steps: int = 60
-    """Steps of the run; each samples answers and updates the model `inner_epochs` times."""
-    prompts: int = 16
-    """Problems per step; more reduce the noise of the gradient."""
-    group_size: int = 16
-    """Answers sampled per problem, which are compared with each other; at least 2."""
-    learning_rate: float = 3e-4
-    """Learning rate after warm-up; lower it if training becomes unstable."""
-    warmup_steps: int = 5
-    """Steps of linear warm-up to the learning rate."""
-    clip_norm: float = 1.0
-    """Maximum of the global gradient norm; larger gradients are scaled down to it."""
-    temperature: float = 1.0
-    """Sampling temperature; higher values explore more."""
-    max_new_tokens: int = 72
-    """Maximum length of an answer, in tokens; raise it if answers are cut off."""
-    inner_epochs: int = 1
-    """Optimizer steps per batch of answers; the importance ratio is 1 in the first."""
-    averaging: Averaging = "token"
-    """Weights of the tokens in the loss: mean per sequence (GRPO), mean over all tokens (DAPO), constant (Dr. GRPO)."""
-    ratio: Ratio = "token"
-    """Importance ratio of each token (GRPO) or of the whole sequence (GSPO)."""
-    scale_by_std: bool = True
-    """Divide advantages by the standard deviation of the group's rewards; off in Dr. GRPO."""
-    clip_low: float = 0.2
-    """The importance ratio is clipped below 1 - clip_low."""
-    clip_high: float = 0.2
-    """The importance ratio is clipped above 1 + clip_high; a higher value permits more exploration (DAPO: 0.28)."""
-    kl_weight: float = 0.0
-    """Weight of the KL penalty to the reference policy; 0 trains without a reference model."""
-    refresh_reference_every: int = 400
-    """Steps after which the reference policy is replaced by the current one (FACTS.md section 8.1)."""
-    dynamic_sampling: bool = False
-    """Replace groups whose rewards are all equal by new groups, up to three times (DAPO)."""
-    balance_speed: float = 0.0
-    """Change of a router bias per step toward balanced load; 0 freezes the biases."""
-    micro_batch_size: int = 64
-    """Answers per forward and backward pass; lower it if memory runs out."""
-    max_cache_bytes: int = 2**28
-    """Maximum size of the KV cache in sampling, in bytes; larger batches are split."""
-    seed: int = 0
-    """Seed of the problems and of the sampled answers."""
-    evaluate_every: int = 20
-    """Steps between evaluations on held-out problems."""
-    evaluation_problems: int = 240
-    """Held-out problems per evaluation, at least 2; more give a less noisy value."""
-    evaluation_samples: int = 4
-    """Answers per held-out problem: the k of pass@k."""
-    checkpoint_every: int = 20
-    """Steps between checkpoints, of which the newest two are kept."""
-
-    def __post_init__(self):
-        check_fields(self, may_be_zero=("warmup_steps", "clip_low", "clip_high", "kl_weight", "balance_speed", "seed"))
-        require(self.group_size >= 2, "group_size", self.group_size, "must be at least 2")
-        require(self.evaluation_problems >= 2, "evaluation_problems", self.evaluation_problems, "must be at least 2")
-
 
 LOGP_TOLERANCE = 1e-4
 DYNAMIC_ROUNDS = 4
@@ -128,6 +65,7 @@ def check(config: ModelConfig, tokenizer: Tokenizer, problems: Task | ProblemSet
     """Raise `ValueError` where a model, a tokenizer, problems and a recipe do not fit together."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"vocab_size={config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens")
+    require(not recipe.keep_routing or config.num_moe_layers > 0, "keep_routing", True, "the model has no router")
     held_out = problems.held_out(recipe.evaluation_problems)
     longest = max((1 + len(tokenizer.encode(problem.prompt)) for problem in held_out), default=0)
     context, wanted = config.max_position_embeddings, recipe.max_new_tokens
@@ -177,22 +115,29 @@ class RLTrainer(Loop):
         return {f"held_out/{name}": value for name, value in metrics.items()}
 
     def train_step(self) -> Metrics:
-        """Sample and score a batch of answers, update the model `inner_epochs` times, and return the metrics.
+        """Sample and score a batch of answers, update the model once per mini-batch and epoch; return the metrics.
 
-        Raises `LogpMismatch` where training and sampling disagree.
+        Metrics of the updates are means over the batch's updates, "largest_ratio" their maximum. Raises `LogpMismatch`
+        where training and sampling disagree before the first update.
         """
         recipe, began = self.recipe, time.perf_counter()
         if self.reference is not None and self.step and self.step % recipe.refresh_reference_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
         self.groups, zero_advantage = self.collect()
         sampled = time.perf_counter()
-        updates = [self.update(self.groups, check=epoch == 0) for epoch in range(recipe.inner_epochs)]
+        size, updates = recipe.prompts // recipe.mini_batches, list[Metrics]()
+        for first in [*range(0, recipe.prompts, size)] * recipe.inner_epochs:
+            updates.append(self.update(self.groups[first : first + size], check=not any(updates)))
+        names = dict.fromkeys(name for update in updates for name in update)  # an update of flat groups has none
+        means = {name: statistics.fmean(u[name] for u in updates if name in u) for name in names}
+        if "largest_ratio" in means:
+            means["largest_ratio"] = max(u.get("largest_ratio", 0.0) for u in updates)
         self.step += 1
         return {
             "step": self.step,
             **averages([sample for group in self.groups for sample in group]),
             "zero_advantage_groups": zero_advantage,
-            **{name: statistics.fmean(u[name] for u in updates if name in u) for name in updates[0]},
+            **means,
             "sampling_seconds": sampled - began,
             "seconds": time.perf_counter() - began,
         }
@@ -214,14 +159,17 @@ class RLTrainer(Loop):
             groups += answer(
                 self.model, self.tokenizer, problems, self.reward, recipe.group_size, generator=generator,
                 max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature,
-                max_cache_bytes=recipe.max_cache_bytes,
+                max_cache_bytes=recipe.max_cache_bytes, top_p=recipe.top_p, keep_routing=recipe.keep_routing,
             )  # fmt: skip
             sampled += missing
             flat += int(is_flat(_rewards(groups)).sum())
         return groups, flat / sampled
 
     def update(self, groups: list[list[Sample]], check: bool) -> Metrics:
-        """Take one optimizer step on the answers. `check` compares the log-probabilities with those of sampling."""
+        """Take one optimizer step on the answers, unless no advantage differs from 0; return its metrics.
+
+        `check` compares the log-probabilities with those of sampling.
+        """
         recipe, model = self.recipe, self.model
         batch = pad([sample for group in groups for sample in group], model.head.weight.device)
         advantages = group_advantages(_rewards(groups), scale_by_std=recipe.scale_by_std).flatten()
@@ -235,23 +183,33 @@ class RLTrainer(Loop):
         rows = rows[batch.mask[rows].sum(1).argsort(stable=True)]
         sums: defaultdict[str, float] = defaultdict(float)
         tokens_per_expert = torch.zeros((), dtype=torch.int64, device=rows.device)
-        gaps: list[Tensor] = []
+        gaps, largest = list[Tensor](), 0.0
         model.train()
         for some in rows.split(recipe.micro_batch_size):
             part = batch.rows(some)
-            logp, entropy, routings = token_logps(model, part.tokens, recipe.temperature)
+            logp, entropy, routings = token_logps(
+                model, part.tokens, recipe.temperature, part.experts, part.allowed
+            )  # fmt: skip
             with torch.no_grad():
                 ref_logp = None
                 if self.reference is not None:
-                    ref_logp, _, _ = token_logps(self.reference, part.tokens, recipe.temperature)
+                    ref_logp, _, _ = token_logps(
+                        self.reference, part.tokens, recipe.temperature, allowed=part.allowed
+                    )  # fmt: skip
             loss, stats = grpo_loss(
                 logp, part.old_logp, ref_logp, advantages[some], part.mask,
                 clip_low=recipe.clip_low, clip_high=recipe.clip_high, kl_weight=recipe.kl_weight, ratio=recipe.ratio,
-                weights=weights[some, : part.mask.shape[1]],
+                weights=weights[some, : part.mask.shape[1]], unbiased_kl=recipe.unbiased_kl,
+                off_policy_threshold=recipe.off_policy_threshold,
             )  # fmt: skip
             loss.backward()
+            moved = ratio_statistics(
+                log_ratio(logp.detach(), part.old_logp).masked_fill(~part.mask, 0.0), part.mask,
+                ratio=recipe.ratio, clip_low=recipe.clip_low, clip_high=recipe.clip_high,
+            )  # fmt: skip
+            largest = max(largest, moved.pop("largest_ratio").item())
             gaps.append(((logp.detach() - part.old_logp).abs() * part.mask).amax(1))
-            for name, value in (stats | {"entropy": entropy[part.mask].sum()}).items():
+            for name, value in (stats | moved | {"entropy": entropy[part.mask].sum()}).items():
                 sums[name] += value.item()
             sums["tokens"] += part.mask.sum().item()
             if recipe.balance_speed:
@@ -267,7 +225,7 @@ class RLTrainer(Loop):
             model.update_balance_bias(tokens_per_expert, recipe.balance_speed)
         tokens = sums.pop("tokens")
         means = {name: value / tokens for name, value in sums.items()}
-        return {"gradient_norm": norm} | means | ({"logp_gap": gap} if check else {})
+        return {"gradient_norm": norm, "largest_ratio": largest} | means | ({"logp_gap": gap} if check else {})
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return super().tensors() | ({"reference": self.reference.state_dict()} if self.reference is not None else {})

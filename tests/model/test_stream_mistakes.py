@@ -95,7 +95,7 @@ def plant_no_norm(mp):
 def plant_sublayer_before_its_norm(mp):
     """The streams are normalised, then read: the norm stands before the collapse instead of after it."""
 
-    def forward(self, x, context, cache=None):
+    def forward(self, x, context, cache=None, experts=None):
         for connection, norm, sublayer in (
             (self.attention_connection, self.attention_norm, lambda x: self.attention(x, context, cache)),
             (self.ffn_connection, self.ffn_norm, self.ffn),
@@ -111,7 +111,7 @@ def plant_sublayer_before_its_norm(mp):
 def plant_one_site_per_layer(mp):
     """Attention and feed-forward share the attention's coefficients."""
 
-    def forward(self, x, context, cache=None):
+    def forward(self, x, context, cache=None, experts=None):
         weights = self.attention_connection.coefficients(x)
         for norm, sublayer in (
             (self.attention_norm, lambda x: self.attention(x, context, cache)),

@@ -1,9 +1,8 @@
 import math
-from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
+from trl_loss import trl_loss
 
 from minids.reasoning.grpo import VARIANTS, group_advantages, grpo_loss, is_flat, kl_estimate, token_weights
 
@@ -24,14 +23,15 @@ def batch():
 
 
 def by_hand(batch, *, averaging, ratio, clip_low=0.2, clip_high=0.2, kl_weight=0.0, max_length=None):
-    """The formulas, a token at a time: DeepSeekMath eq. 3 and 4, Dr. GRPO, DAPO, GSPO."""
+    """The formulas, a token at a time: DeepSeekMath eq. 3 and 4, R1 eq. 1, Dr. GRPO, DAPO, GSPO."""
     logp, old, ref, advantages, mask = batch
     total_tokens, loss = sum(LENGTHS), 0.0
     for i, n in enumerate(LENGTHS):
         tokens = range(FIRST[i], FIRST[i] + n)
         mean_log_ratio = sum(logp[i, t] - old[i, t] for t in tokens) / n
         for t in tokens:
-            rho = torch.exp(mean_log_ratio if ratio == "sequence" else logp[i, t] - old[i, t])
+            log_rho = {"token": logp[i, t] - old[i, t], "sequence": mean_log_ratio, "product": n * mean_log_ratio}
+            rho = torch.exp(log_rho[ratio])
             a = advantages[i].item()
             if a > 0:
                 objective = a * min(rho, torch.tensor(1 + clip_high, dtype=torch.float64))
@@ -50,6 +50,7 @@ def by_hand(batch, *, averaging, ratio, clip_low=0.2, clip_high=0.2, kl_weight=0
 
 SETTINGS = {
     "grpo": dict(averaging="sequence", ratio="token", kl_weight=0.04),
+    "r1": dict(averaging="sequence", ratio="product", clip_low=0.5, clip_high=0.5),
     "dr_grpo": dict(averaging="constant", ratio="token", max_length=9),
     "dapo": dict(averaging="token", ratio="token", clip_high=0.28),
     "gspo": dict(averaging="sequence", ratio="sequence", clip_low=0.03, clip_high=0.04),
@@ -70,11 +71,29 @@ def test_every_variant_is_its_formula(batch, variant):
 
 
 def test_the_named_variants_are_those_of_the_formulas():
-    """What VARIANTS sets is what the formulas above say; clips and KL of GRPO and GSPO are left to the recipe."""
+    """What VARIANTS sets is what the formulas above say; clips and KL weight of GRPO are left to the recipe."""
     for name, settings in SETTINGS.items():
         assert all(VARIANTS[name][key] == settings[key] for key in ("averaging", "ratio"))
-    assert VARIANTS["dapo"]["clip_high"] == SETTINGS["dapo"]["clip_high"]
+    assert set(VARIANTS) == set(SETTINGS)
     assert [name for name in VARIANTS if not VARIANTS[name]["scale_by_std"]] == ["dr_grpo"]
+    published = {  # clip_low, clip_high, kl_weight
+        "grpo": (None, None, None), "r1": (10, 10, 0.001), "dr_grpo": (None, None, 0), "dapo": (None, 0.28, 0),
+        "gspo": (3e-4, 4e-4, 0),
+    }  # fmt: skip
+    keys = ("clip_low", "clip_high", "kl_weight")
+    assert {name: tuple(map(VARIANTS[name].get, keys)) for name in VARIANTS} == published
+
+
+def test_r1_s_equation_has_one_ratio_per_answer(batch):
+    """R1 eq. 1: the mean over answers of min(rho A, clip(rho) A), where rho compares probabilities of whole answers."""
+    logp, old, _, advantages, mask = batch
+    rho = (((logp - old) * mask).sum(1)).exp()
+    objective = torch.minimum(rho * advantages, rho.clamp(1 - 10.0, 1 + 10.0) * advantages).mean()
+    settings = {key: VARIANTS["r1"][key] for key in ("averaging", "ratio", "clip_low", "clip_high")}
+    loss, _ = grpo_loss(logp, old, None, advantages, mask, **settings)
+    torch.testing.assert_close(loss, -objective, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(value, logp)[0] for value in (loss, -objective)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
 def test_the_clip_holds_one_side_for_each_sign():
@@ -162,37 +181,18 @@ def test_averaging_by_a_constant_needs_the_constant():
         token_weights(torch.ones(2, 3, dtype=torch.bool), "constant")
 
 
-@pytest.mark.parametrize("variant", SETTINGS)
+@pytest.mark.parametrize("variant", [name for name in SETTINGS if name != "r1"])  # TRL has no product of ratios
 @pytest.mark.parametrize("kl_weight", [0.0, 0.04])
 def test_every_variant_is_trl_s_loss(batch, variant, kl_weight):
-    """TRL's own loss, called on a stand-in for its trainer, so that no model has to be made."""
-    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
     settings = {"clip_low": 0.2, "clip_high": 0.2, "max_length": 9} | SETTINGS[variant] | {"kl_weight": kl_weight}
     logp, old, ref, advantages, mask = batch
-    accelerator = SimpleNamespace(
-        gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=False
-    )
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logp, torch.zeros_like(logp), None),
-        _metrics=defaultdict(lambda: defaultdict(list)), _entropy_bonus_enabled=False, accelerator=accelerator,
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
-        importance_sampling_level=settings["ratio"], beta=kl_weight, model=SimpleNamespace(training=False),
-        epsilon_low=settings["clip_low"], epsilon_high=settings["clip_high"], max_completion_length=9,
-        loss_type={"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}[settings["averaging"]],
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
-    )  # fmt: skip
-    ids = torch.zeros(mask.shape, dtype=torch.int64)
-    inputs = dict(
-        prompt_ids=ids, prompt_mask=ids, completion_ids=ids, completion_mask=mask.long(), advantages=advantages,
-        old_per_token_logps=old, ref_per_token_logps=ref, num_items_in_batch=mask.sum(),
-    )  # fmt: skip
-    theirs = grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
+    theirs, metrics = trl_loss(*batch, **settings)
     ours, stats = grpo_loss(logp, old, ref, advantages, mask, **settings)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     gradients = [torch.autograd.grad(loss, logp)[0] for loss in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
     if settings["ratio"] == "token":
-        (clipped,) = trainer._metrics["eval"]["clip_ratio/region_mean"]
+        (clipped,) = metrics["clip_ratio/region_mean"]
         assert stats["clipped"].item() / mask.sum().item() == pytest.approx(clipped)
 
 

@@ -166,12 +166,12 @@ def test_router_biases_stay_or_move_as_told():
 def test_a_loop_that_trains_on_other_probabilities_than_it_sampled_stops(monkeypatch):
     """Planted: log-probabilities one position off (PITFALLS m), and another temperature in training."""
 
-    def shifted(model, tokens, temperature):
-        logp, entropy, routings = token_logps(model, tokens, temperature)
+    def shifted(model, tokens, temperature, *kept):
+        logp, entropy, routings = token_logps(model, tokens, temperature, *kept)
         return logp.roll(1, dims=1), entropy, routings
 
-    def hotter(model, tokens, temperature):
-        return token_logps(model, tokens, 1.2 * temperature)
+    def hotter(model, tokens, temperature, *kept):
+        return token_logps(model, tokens, 1.2 * temperature, *kept)
 
     for planted in (shifted, hotter):
         monkeypatch.setattr(rl_module, "token_logps", planted)
@@ -184,8 +184,8 @@ def test_a_single_answer_may_be_routed_differently(monkeypatch):
     for rerouted, allowed in ((1, True), (2, False)):
         met = iter(range(100))
 
-        def elsewhere(model, tokens, temperature, met=met, rerouted=rerouted):
-            logp, entropy, routings = token_logps(model, tokens, temperature)
+        def elsewhere(model, tokens, temperature, *kept, met=met, rerouted=rerouted):
+            logp, entropy, routings = token_logps(model, tokens, temperature, *kept)
             shift = [[0.01 * (next(met) < rerouted)] for _ in logp]
             return logp - torch.tensor(shift), entropy, routings
 
