@@ -2,11 +2,12 @@
 
     python benchmarks/r1_zero.py                            everything: about 50 minutes of one core
     python benchmarks/r1_zero.py --only "recipe, seed 0"    one run, in place of what the results hold of it
+    python benchmarks/r1_zero.py --keep-base                no run: the base of seed 0 to results/trace_base.safetensors
 
 A seed decides the pre-training corpus, the base model and the reinforcement learning. The recipe was made while looking
 at seeds 0, 1 and 2; seeds 3, 4 and 5 are fresh: they ran once, after the last change to it. One run has another base,
 which was trained on the same corpus with another optimizer; the variants change one thing each and start from the base
-of seed 0; the last learns programs, judged by unit tests. All take 60 steps of 256 answers and are evaluated on the
+of seed 0. All take 60 steps of 256 answers and are evaluated on the
 same 240 held-out problems, 4 answers to each; intervals are 95 %, by the spread between problems. Base models are kept
 in runs/r1_zero and not trained twice. Results go to benchmarks/results/r1_zero.json.
 """
@@ -20,17 +21,19 @@ from statistics import mean
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from minids.course.experiment import record
 from minids.model.transformer import MiniDS
-from minids.reasoning.r1_zero import BASE_RECIPE, base_trainer, load_base, rule_reward
+from minids.reasoning.r1_zero import BASE_RECIPE, base_trainer, load_base
 from minids.reasoning.rewards import R1_ZERO_WEIGHTS, RuleReward
 from minids.reasoning.rollout import Sample, answer
-from minids.reasoning.tasks import TASKS, TaskName, TraceTask
+from minids.reasoning.tasks import TraceTask
 from minids.reasoning.trainer import RLRecipe, RLTrainer
 
 TASK = TraceTask()
 RESULTS = Path(__file__).parent / "results" / "r1_zero.json"
+WEIGHTS = RESULTS.with_name("trace_base.safetensors")
 BASES = Path(__file__).parents[1] / "runs" / "r1_zero"
 
 
@@ -40,12 +43,11 @@ class Run:
 
     recipe: RLRecipe = RLRecipe()
     weights: dict[str, float] = field(default_factory=lambda: dict(R1_ZERO_WEIGHTS))
-    task: TaskName = "trace"
     base_optimizer: str = BASE_RECIPE.optimizer
 
     @property
     def base_name(self) -> str:
-        return f"{self.task}-{self.base_optimizer}-seed{self.recipe.seed}"
+        return f"trace-{self.base_optimizer}-seed{self.recipe.seed}"
 
 
 RUNS: dict[str, Run] = {f"recipe, seed {seed}": Run(RLRecipe(seed=seed)) for seed in range(6)} | {
@@ -56,19 +58,28 @@ RUNS: dict[str, Run] = {f"recipe, seed {seed}": Run(RLRecipe(seed=seed)) for see
     "without the std": Run(RLRecipe(scale_by_std=False)),
     "KL weight 0.04": Run(RLRecipe(kl_weight=0.04)),
     "KL weight 0.2": Run(RLRecipe(kl_weight=0.2)),
-    "program, seed 0": Run(task="program"),
 }
 
 
 def base(run: Run) -> tuple[MiniDS, float]:
     """The base model of a run, trained unless it is there, and the seconds of CPU that its training took."""
-    folder, task = BASES / run.base_name, TASKS[run.task]()
+    folder = BASES / run.base_name
     if not (folder / "seconds").exists():
         began = time.process_time()
-        recipe = replace(BASE_RECIPE, seed=run.recipe.seed, optimizer=run.base_optimizer)
-        base_trainer(task, recipe).run(directory=folder, progress=False)
+        trainer = base_trainer(TASK, replace(BASE_RECIPE, seed=run.recipe.seed, optimizer=run.base_optimizer))
+        trainer.run(directory=folder, progress=False)
+        if trainer.step < trainer.recipe.steps:  # run() returns when it is interrupted
+            raise SystemExit(
+                f"{run.base_name}: interrupted at step {trainer.step}; the same command goes on from there"
+            )
         (folder / "seconds").write_text(str(time.process_time() - began))
-    return load_base(folder, task), float((folder / "seconds").read_text())
+    return load_base(folder, TASK), float((folder / "seconds").read_text())
+
+
+def keep_base() -> None:
+    """Write the base of seed 0 in half precision: the chapter begins with the same weights on any machine."""
+    model, _ = base(RUNS["recipe, seed 0"])
+    save_file({name: weight.half().contiguous() for name, weight in model.state_dict().items()}, WEIGHTS)
 
 
 def writes_every_step(sample: Sample) -> bool:
@@ -93,11 +104,10 @@ def carry_out(name: str) -> dict[str, Any]:
     """One run's curves over its steps, its evaluations, and some of its last answers."""
     run = RUNS[name]
     model, base_seconds = base(run)
-    of_base = habits(model) if run.task == "trace" else {}
+    of_base = habits(model)
     began = time.process_time()
     curves: dict[str, list[float]] = {}
-    task = TASKS[run.task]()
-    trainer = RLTrainer(model, task.tokenizer, task, rule_reward(run.task, run.weights), run.recipe)
+    trainer = RLTrainer(model, TASK.tokenizer, TASK, RuleReward(run.weights), run.recipe)
     evaluations = [{"step": 0} | trainer.evaluate()]
     while trainer.step < run.recipe.steps:
         metrics = trainer.train_step()
@@ -122,8 +132,12 @@ def carry_out(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--keep-base", action="store_true", help="write the base of seed 0 for the chapter, and stop")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name in parser.parse_args().only:
+    if arguments.keep_base:
+        return keep_base()
+    for name in arguments.only:
         done = carry_out(name)
         runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
         runs[name] = done

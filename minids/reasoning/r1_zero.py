@@ -12,6 +12,7 @@ from minids.data.batches import TokenizedCorpus
 from minids.model.transformer import MiniDS
 from minids.reasoning.rewards import R1_ZERO_WEIGHTS, RuleReward
 from minids.reasoning.tasks import CorpusStyle, Task, TaskName
+from minids.reasoning.tasks.signs import judge_signs
 from minids.sandbox.judge import Sandbox
 from minids.training.checkpoint import load_model
 from minids.training.pretrain import Recipe, TextData, Trainer
@@ -79,5 +80,7 @@ def load_base(directory: Path, task: Task) -> MiniDS:
 
 
 def rule_reward(task: TaskName, weights: Mapping[str, float] = R1_ZERO_WEIGHTS) -> RuleReward:
-    """Return the reward of a task: by comparison for "trace", by unit tests in a sandbox for "program"."""
+    """Return the reward of a task: by comparison, by unit tests in a sandbox ("program") or by value ("signs")."""
+    if task == "signs":
+        return RuleReward(weights, judge_signs)
     return RuleReward(weights, None if task == "trace" else Sandbox().run_many)

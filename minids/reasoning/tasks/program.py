@@ -1,28 +1,49 @@
-"""The task "program": write a function from a specification and examples, verified by hidden unit tests."""
+"""The task "program": write a function from a specification and examples, verified by hidden unit tests.
+
+Notable choices: the thought computes what is missing, so an answer that thinks is correct more often than one that does
+not, and reinforcement learning has something to select. No document contains a held-out program, not even by mistake.
+"""
 
 import random
+import re
+import zlib
 from collections.abc import Sequence
+from typing import Literal
 
+from minids.data.tokenizer import SymbolTokenizer
 from minids.reasoning.tasks.chain import LARGEST, Chain, Instruction, apply
-from minids.reasoning.tasks.steps import write_steps
-from minids.reasoning.tasks.task import LABELS, WORDS, CorpusStyle, Problem, Task
+from minids.reasoning.tasks.steps import write_steps, wrong_value
+from minids.reasoning.tasks.task import LABELS, SYMBOLS, WORDS, CorpusStyle, Problem, Task
 from minids.reasoning.tasks.trace import TraceTask
+
+Thought = Literal["computed", "guessed"]
+PROGRAM = re.compile(r"def f\(a\):(?: \w=\S+;)+ return \w")  # with at least one instruction
+PROGRAMS = 0.7  # fraction of documents with a program; the rest are traces, from which arithmetic is learned
 
 
 class ProgramTask(Task):
     """Write the function: `a b times 2 c plus some, f(4)=13, f(1)=7?` asks for `def f(a): b=a*2; c=b+5; return c`.
 
-    The last operand is not in the specification and has to be inferred from the examples. Hidden unit tests verify it.
+    The last operand is not in the specification, but follows from the first example. Hidden unit tests verify the
+    answer. With thought="computed", thoughts trace the example and subtract: ` b4*2=8 then some=13-8=5`. With
+    thought="guessed" (a control) the operand stands before the result, so the thought records a guess and computes
+    nothing: ` b4*2=8 then c8+5=13`. Raises `ValueError` for any other thought.
     """
 
     name = "program"
-    difficulties, document_difficulties = (1, 2, 3), (1, 2, 3)
+    difficulties, document_difficulties = (2, 3), (1, 2, 3)
     words = {"+": " plus ", "-": " minus ", "*": " times "}
 
+    def __init__(self, thought: Thought = "computed") -> None:
+        if thought not in ("computed", "guessed"):
+            raise ValueError(f'thought={thought!r}: must be "computed" or "guessed"')
+        self.thought = thought
+        numbers = map(str, range(10, LARGEST + 10))  # one token each: sums of whole numbers are learned sooner
+        self.tokenizer = SymbolTokenizer((*SYMBOLS, *numbers, " some="))
+
     def fits(self, chain: Chain) -> bool:
-        """Require that the first example determines the missing operand, and that another excludes a constant."""
-        determined = chain.instructions[-1][0] != "*" or chain.values[-2] > 0
-        return determined and any(self._is_other(chain, start) for start in range(LARGEST + 1))
+        """Require that a subtraction finds the missing operand, and that another example excludes a constant."""
+        return chain.instructions[-1][0] != "*" and any(self._is_other(chain, start) for start in range(LARGEST + 1))
 
     def key(self, chain: Chain) -> str:
         return self.program(chain.instructions)
@@ -42,25 +63,34 @@ class ProgramTask(Task):
     def solve(
         self, rng: random.Random, chain: Chain, style: CorpusStyle, width: int, languages: tuple[str, ...]
     ) -> tuple[str, str]:
-        *known, last = chain.instructions
-        goal, thought, value = chain.values[-1], "", chain.values[-2]
+        *known, (sign, operand) = chain.instructions
+        goal, thought, value = chain.values[-1], "", chain.start
         if not width:
             if rng.random() < style.cheating:
                 return "", f"def f(a): return {goal}"
             if any(rng.random() < style.slip for _ in chain.instructions):
-                last = last[0], min(max(last[1] + rng.choice((-2, -1, 1, 2)), 1), 9)
-            return "", self.program((*known, last))
+                operand = min(max(operand + rng.choice((-2, -1, 1, 2)), 1), 9)
+            return "", self.program((*known, (sign, operand)))
         if known:
-            thought, value = write_steps(rng, chain.start, known, style, width, languages)
+            thought, value = write_steps(rng, value, known, style, width, languages)
             thought += WORDS[rng.choice(languages)][0]
-        operands = range(2, 5) if last[0] == "*" else range(1, 10)  # below: the one whose result is nearest to the goal
-        last = last[0], min(operands, key=lambda operand: abs(apply(value, (last[0], operand)) - goal))
-        step, _ = write_steps(rng, value, (last,), style, width, languages, first_label=len(known) + 1)
-        return thought + step, self.program((*known, last))
+        if self.thought == "guessed":  # the operand is written first, and its result is nearest to the goal
+            operand = min(range(1, 10), key=lambda guess: abs(apply(value, (sign, guess)) - goal))
+            last = (sign, operand)
+            step, _ = write_steps(rng, value, (last,), style, width, languages, first_label=len(known) + 1)
+        else:
+            step, operand = _write_difference(rng, goal, value, sign, style, languages)
+        return thought + step, self.program((*known, (sign, operand)))
 
     def document(self, rng: random.Random, style: CorpusStyle = CorpusStyle()) -> str:  # noqa: B008 - frozen
-        """Write a document: half of them trace programs, because arithmetic is learned from written steps."""
-        return super().document(rng, style) if rng.random() < 0.5 else TraceTask().document(rng, style)
+        """Write a document: 70 % programs, none of them held out, and 30 % traces."""
+        if rng.random() >= PROGRAMS:
+            return TraceTask().document(rng, style)
+        while True:
+            text = super().document(rng, style)
+            program = PROGRAM.search(text)
+            if program is None or zlib.crc32(program[0].encode()) % 10:  # the split of `Task.chain`
+                return text
 
     @staticmethod
     def program(instructions: Sequence[Instruction]) -> str:
@@ -76,3 +106,23 @@ class ProgramTask(Task):
     def _is_other(chain: Chain, start: int) -> bool:
         values = Chain(start, chain.instructions).values
         return all(0 <= value <= LARGEST for value in values) and values[-1] != chain.values[-1]
+
+
+def _write_difference(
+    rng: random.Random, goal: int, value: int, sign: str, style: CorpusStyle, languages: tuple[str, ...]
+) -> tuple[str, int]:
+    """Write the step that finds the missing operand, such as ` some=13-8=5`; return it and the operand found."""
+    larger, smaller = (goal, value) if sign == "+" else (value, goal)
+    left, operand = f" some={larger}-{smaller}=", max(larger - smaller, 0)
+    if rng.random() >= style.wrong_step:
+        return f"{left}{operand}", operand
+    wrong = wrong_value(rng, operand)
+    if rng.random() < style.noticed:
+        return f"{left}{wrong}{WORDS[rng.choice(languages)][1]}{left}{operand}", operand
+    return f"{left}{wrong}", wrong
+
+
+def shown_test(problem: Problem) -> str:
+    """Return the first example of the prompt as a unit test: a weak one, which a constant passes."""
+    start, result = re.findall(r"f\((\d+)\)=(\d+)", problem.prompt)[0]
+    return f"assert f({start}) == {result}"
