@@ -170,16 +170,21 @@ def distillation_loss(
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
+def check_teacher(student: MiniDS, teacher: MiniDS) -> None:
+    """Raise `ValueError` where two models' vocabularies differ, so that one cannot learn from the other's logits."""
+    if teacher.config.vocab_size != student.config.vocab_size:
+        raise ValueError(
+            f"vocab_size={student.config.vocab_size}: must be the teacher's {teacher.config.vocab_size}, "
+            "to learn from its logits"
+        )
+
+
 class LogitTrainer(SFTTrainer):
     """Distillation from logits: the target of each answer token is the teacher's distribution instead of the token."""
 
     def __init__(self, model: MiniDS, teacher: MiniDS, examples: Sequence[Example], text: TextData, recipe: Recipe):
         super().__init__(model, examples, text, recipe)
-        if teacher.config.vocab_size != model.config.vocab_size:
-            raise ValueError(
-                f"vocab_size={model.config.vocab_size}: must be the teacher's {teacher.config.vocab_size}, "
-                "to learn from its logits"
-            )
+        check_teacher(model, teacher)
         self.teacher = teacher.eval()
 
     def backward(

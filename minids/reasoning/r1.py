@@ -82,6 +82,7 @@ SHORT = R1Recipe(
     base_steps=1000, student_steps=700, rl_steps=16, final_rl_steps=8, rejection_problems=300, general_documents=150,
     distillation_problems=500, distillation_epochs=4, evaluation_problems=80, evaluation_samples=4,
 )  # fmt: skip
+"""A quick demonstration: its stages after the reasoning RL see too few answers to improve on the cold start."""
 
 
 class StageStopped(Exception):
