@@ -15,11 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _python_dispatch
 
 __all__ = [
-    "GROUPED_MM", "LOCAL_SCALAR_DENSE", "FakeTensorMode", "TorchDispatchMode", "default_store", "flatten_mesh",
-    "pipeline_runtime", "pop_backward_state", "reduce_gradients", "scale_in_place", "storage_id",
+    "GROUPED_MM", "LOCAL_SCALAR_DENSE", "FakeTensorMode", "TorchDispatchMode", "default_store", "fake_store",
+    "flatten_mesh", "forget_shardings", "pipeline_runtime", "pop_backward_state", "reduce_gradients", "scale_in_place",
+    "storage_id",
 ]  # fmt: skip
 
 # Fake tensors, for counting activations ------------------------------------------------------------------------------
@@ -67,6 +70,16 @@ def scale_in_place(tensors: list[Tensor], factor: float) -> None:
 def default_store() -> dist.Store:
     """Return the store of the default process group, which works when collectives hang; no public function does."""
     return dist.distributed_c10d._get_default_store()
+
+
+def fake_store() -> dist.Store:
+    """Create the store of the backend "fake", whose collectives send nothing; torch documents the backend only."""
+    return FakeStore()
+
+
+def forget_shardings() -> None:
+    """Clear torch's cache of shardings: it takes equal meshes for the same, whichever rank they were made on."""
+    _clear_sharding_prop_cache()
 
 
 # The pipeline runtime ------------------------------------------------------------------------------------------------

@@ -40,14 +40,14 @@ def shard(parts: list[MiniDS], axes: Axes) -> None:
     """Shard every parameter of `parts` in place; every rank calls it.
 
     Gradients are summed over the data ranks, whose losses add up to that of the global batch. A router's bias stays
-    whole on every rank.
+    whole on every rank. Parts on the meta device stay there: their shards have shapes but no content.
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # the view that experts return is never modified
     for part in parts:
         if axes.ep.size() > 1:
             shard_experts(part, axes.ep)
         for router in part.routers():
-            if router.bias is not None:
+            if router.bias is not None and not router.bias.is_meta:
                 router.bias.data = router.bias.data.to(axes.data.device_type)
     whole = len(parts) == 1 and not isinstance(parts[0], Stage)
     for module in dict.fromkeys(module for part in parts for module in _units(part, whole)):

@@ -1,4 +1,4 @@
-"""Process groups: of the processes that torchrun started, and of forks that a notebook or a test starts itself."""
+"""Process groups: of torchrun's processes, of forks of a notebook or a test, and of ranks that do not exist."""
 
 import os
 import tempfile
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
+from minids.parallel._torch_private import fake_store, forget_shardings
 
 RUN = "minids/run"  # the key in torchrun's store
 
@@ -96,3 +98,21 @@ def _member(rank: int, work: Callable[[int], Any], ranks: int, folder: Path) -> 
         raise RuntimeError(f"{type(cause).__name__}: {cause}") from error
     dist.barrier()  # a rank that exits first would break the others' connections
     dist.destroy_process_group()
+
+
+# One rank among many that do not exist -------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_of_many(rank: int, world: int) -> Iterator[None]:
+    """Be rank `rank` of `world` in a process group without other processes, for code that runs on more than there are.
+
+    Meshes, groups and shards are those of a real run. Collectives return at once and exchange nothing, so no value that
+    depends on another rank is meaningful.
+    """
+    dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        forget_shardings()  # else this process and its forks would shard as this rank does

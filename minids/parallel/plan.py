@@ -1,11 +1,14 @@
 """Plan of a parallel run: batch, parameters, memory and schedule per rank, computed before any memory is allocated."""
 
+import functools
+
 import torch
 
 from minids import cost
 from minids.config import ModelConfig
 from minids.model.moe import Experts
 from minids.model.transformer import MiniDS
+from minids.parallel.activation_cost import kept_bytes
 from minids.parallel.activations import activation_bytes
 from minids.parallel.layout import Layout
 from minids.parallel.pipeline import stages_of_rank
@@ -31,6 +34,9 @@ def plan(layout: Layout, config: ModelConfig, recipe: Recipe, device: str) -> st
         + ", ".join(f"{name} {_size(value)}" for name, value in state.items())
         + f"; plus activations: {_size(kept)} where experts are evenly loaded",
     ]
+    if recipe.precision == "fp8" and config.attention == "mla":
+        recomputed = kept_bytes(config, micro * recipe.seq_len, pipeline, as_v3=True)
+        lines.append(f"  recompute  as V3 does, activations would take {_size(recomputed)} (a formula; not built here)")
     if pipeline:
         timeline = pipeline.simulate()
         idle = max(timeline.bubble) / timeline.makespan
@@ -45,8 +51,7 @@ def _size(count: float) -> str:
 
 def parameters_per_rank(layout: Layout, config: ModelConfig, recipe: Recipe) -> dict[str, int]:
     """Return the parameters of the fullest rank before FSDP shards them: {"experts": ..., "others": ...}."""
-    with torch.device("meta"):
-        model = MiniDS(config)
+    model = _on_meta(config)
     schedule = layout.pipeline(recipe) if layout.pp > 1 else None
     counts = []
     for rank in range(layout.pp):
@@ -57,3 +62,10 @@ def parameters_per_rank(layout: Layout, config: ModelConfig, recipe: Recipe) -> 
         counts.append(dict(zip(("experts", "others"), sizes, strict=True)))
     fullest = max(counts, key=lambda count: count["experts"] / layout.ep + count["others"])
     return {"experts": fullest["experts"] // layout.ep, "others": fullest["others"]}
+
+
+@functools.lru_cache(maxsize=4)
+def _on_meta(config: ModelConfig) -> MiniDS:
+    """Build the model without memory; it is only read, and takes seconds for a large one."""
+    with torch.device("meta"):
+        return MiniDS(config)

@@ -26,6 +26,8 @@ NAMES = [
     "torch.distributed.device_mesh:DeviceMesh._flatten",
     "torch.distributed.fsdp:fully_shard.state",
     "torch.distributed:distributed_c10d._get_default_store",
+    "torch.testing._internal.distributed.fake_pg:FakeStore",
+    "torch.distributed.tensor.debug:_clear_sharding_prop_cache",
     "torch.distributed.pipelining.schedules:_Action.from_str",
     "torch.distributed.pipelining.schedules:_PipelineScheduleRuntime",
 ]
