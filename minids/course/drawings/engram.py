@@ -25,7 +25,7 @@ def engram(config: EngramConfig = V4_1, width: int = 5120) -> Diagram:
     d.box("tables", 14.1, 2.9, f"{lengths * c.heads} tables", f"{c.rows:,} or more rows × {each}", "weight", 5.0, 1.4)
     d.arrow("hash", "rows")
     d.arrow("rows", "tables", "fetch")
-    d.note(0.8, 3.85, f"n = 2 to {c.max_ngram}, {c.heads} hashes for each n")
+    d.note(0.8, 3.85, f"n = 2 to {c.max_ngram}, {c.heads} hash heads for each n")
     d.box("memory", 15.1, 5.8, "memory e", shape(lengths * c.dim), "tensor", 3.2)
     d.box("value", 10.2, 5.8, "$W_v e$", shape(width), "operation", 2.4)
     d.box("key", 10.2, 7.3, "$W_k e$", shape(width), "operation", 2.4)

@@ -11,7 +11,7 @@ from minids.reasoning.grpo import group_advantages
 def rl_loop(rewards: tuple[float, ...] = (0, 1, 0, 0)) -> Diagram:
     """Draw one step of GRPO; the advantages are those of a group with these rewards (V3 eq. 26 to 28)."""
     advantages = group_advantages(torch.tensor([rewards], dtype=torch.float64))[0].tolist()
-    d = Diagram(17.2, 8.2, "One RL step: what beats its own group becomes more likely")
+    d = Diagram(17.2, 8.2, "One RL step: what beats its own group becomes more probable")
     # groups of 16 and a reference replaced every 400 steps: FACTS.md section 8.1
     d.frame(4.3, 2.6, 13.1, 7.9, f"one group: {len(rewards)} answers to the same question (R1-Zero: 16)")
     d.box("policy", 2.0, 4.9, "policy $\\pi$", "trained", "weight", 2.4, 1.0)
@@ -23,11 +23,11 @@ def rl_loop(rewards: tuple[float, ...] = (0, 1, 0, 0)) -> Diagram:
         d.box(f"A{i}", 11.7, y, f"{advantage:+.1f}", "", "cache" if advantage > 0 else "tensor", 1.5, 0.7)
         d.arrow(f"o{i}", f"r{i}")
         d.arrow(f"r{i}", f"A{i}")
-    for x, words in ((5.9, "sampled"), (8.8, "reward $r$ by rule"), (11.7, "$A = (r -$ mean$)\\,/\\,$std")):
+    for x, words in ((5.9, "1  sample"), (8.8, "2  score by rule"), (11.7, "3  $A = (r -$ mean$)\\,/\\,$std")):
         d.note(x, 7.3, words, align="center")
-    d.box("loss", 15.2, 4.9, "loss", "clipped ratio × A", "operation", 3.2, 1.0)
+    d.box("loss", 15.2, 4.9, "4  loss", "clipped ratio × A", "operation", 3.2, 1.0)
     d.box("reference", 15.2, 7.2, "reference policy", "replaced every 400 steps", "idle", 3.2, 0.9)
-    d.box("step", 8.7, 1.1, "gradient, optimizer step", "", "operation", 5.2, 0.8)
+    d.box("step", 8.7, 1.1, "5  gradient, optimizer step", "", "operation", 5.2, 0.8)
     d.arrow("question", "policy")
     d.path([(3.2, 4.9), (4.3, 4.9)])
     d.path([(13.1, 4.9), (13.6, 4.9)])

@@ -67,21 +67,21 @@ def training_stages() -> Diagram:
     stages = (("dense warm-up", "all visible tokens", True), ("sparse stage", "the chosen tokens only", False))
     for (name, tokens, frozen), x in zip(stages, (0.3, 8.75), strict=True):
         d.frame(x, 0.3, x + 8.15, 7.2, f"{name}: attention over {tokens}")
-        left, right = x + 2.2, x + 6.0
-        d.box(f"{name} input", x + 4.1, 1.2, "hidden states", "", "tensor", 3.0, 0.7)
+        left, right = x + 1.8, x + 5.8
+        d.box(f"{name} input", x + 3.8, 1.2, "hidden states", "", "tensor", 3.0, 0.7)
         d.box(f"{name} indexer", left, 3.3, "indexer", "trained", "here", 2.8)
         role: Role = "idle" if frozen else "here"
         d.box(f"{name} model", right, 3.3, "model", "frozen" if frozen else "trained", role, 2.8)
-        d.box(f"{name} KL", left, 5.6, "KL loss", f"over {tokens}", "operation", 4.0)
-        if frozen:
-            d.box(f"{name} loss", right, 5.6, "attention p", "the target", "tensor", 2.6)
-        else:
-            d.box(f"{name} loss", right, 5.6, "language loss", "and p, the target", "operation", 2.9)
+        d.box(f"{name} KL", left, 5.6, "KL loss", f"over {tokens}", "operation", 3.2)
+        d.box(f"{name} target", right if frozen else x + 4.75, 5.6, "attention p", "the target", "tensor", 1.8)
         d.arrow(f"{name} input", f"{name} indexer", dashed=True)
         d.arrow(f"{name} input", f"{name} model")
         d.arrow(f"{name} indexer", f"{name} KL")
-        d.arrow(f"{name} model", f"{name} loss")
-        d.arrow(f"{name} loss", f"{name} KL", dashed=True)
+        d.arrow(f"{name} model", f"{name} target")
+        d.arrow(f"{name} target", f"{name} KL", dashed=True)
+        if not frozen:
+            d.box(f"{name} loss", x + 6.95, 5.6, "language loss", "", "operation", 2.1)
+            d.arrow(f"{name} model", f"{name} loss")
     d.note(0.6, 0.55, "dashed: detached, no gradient goes back")
     return d
 

@@ -1,4 +1,4 @@
-"""Exercises of chapter 9: advantages, the clipped loss, log-probabilities and their mask, a reward; a test."""
+"""Exercises of chapter 9: train a bandit, the detached ratio, log-probabilities and their mask, a reward; a test."""
 
 from functools import partial
 
@@ -6,74 +6,84 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from minids.course.checks import Bug, Function, SpotTheBug
+from minids.course.checks import Bug, Experiment, Function, OpenTask, SpotTheBug
 from minids.course.exercises.chapter09_mistakes import (
     TAGS,
-    advantages_with,
     answer_loss_with,
-    clipped_always,
+    bandit_with,
     clipped_swapped,
     equal_numbers,
     equal_without_spaces,
-    inverted,
     k1,
     logps_end_is_zero,
     logps_with,
-    loss_of_whole_answers,
-    loss_with,
     maximised,
-    of_padded_length,
+    of_answers,
     of_padding_too,
-    of_tokens,
+    on_policy_with,
     reward_any_of_several,
     reward_anywhere,
     reward_of_text,
     reward_of_text_with_counts,
     reward_with,
-    unclipped,
 )
 
-# 9.1 Advantages -----------------------------------------------------------------------------------------------------
+# 9.1 Train a bandit -------------------------------------------------------------------------------------------------
 
 
-def advantages(rewards: Float[Tensor, "groups size"]) -> Float[Tensor, "groups size"]:
-    """(r - mean) / (std + 1e-4) within each group, with the sample's standard deviation."""
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+def train_bandit(
+    logits: Float[Tensor, "answers"],
+    rewards: Float[Tensor, "answers"],
+    uniforms: Float[Tensor, "steps size"],
+    learning_rate: float,
+) -> Float[Tensor, "answers"]:
+    """The policy after as many steps of policy gradient as `uniforms` has rows, with the group's mean as baseline."""
+    for row in uniforms:
+        policy = logits.softmax(-1)
+        drawn = (row[:, None] > policy.cumsum(-1)).sum(-1)
+        advantages = rewards[drawn] - rewards[drawn].mean()
+        log_gradients = torch.eye(len(logits), dtype=logits.dtype)[drawn] - policy
+        logits = logits + learning_rate * (advantages[:, None] * log_gradients).mean(0)
+    return logits.softmax(-1)
 
 
-def advantage_examples(g: Generator) -> list[tuple]:
-    by_hand = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
-    close = 1e-3 * torch.rand(2, 4, generator=g)  # here 1e-4 is no longer small
-    random = [(torch.rand(*size, generator=g),) for size in ((2, 7), (1, 2))]
-    return [(by_hand,), *random, (torch.zeros(3, 5),), (close,)]
+def bandit_examples(g: Generator) -> list[tuple]:
+    def example(answers, steps, size, learning_rate, rewards=None):
+        logits = torch.randn(answers, generator=g, dtype=torch.float64)
+        rewards = torch.rand(answers, generator=g, dtype=torch.float64) if rewards is None else rewards
+        return logits, rewards, torch.rand(steps, size, generator=g, dtype=torch.float64), learning_rate
+
+    some_correct = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    equal = torch.ones(4, dtype=torch.float64)
+    return [example(6, 1, 4, 1.0, some_correct), example(6, 40, 8, 0.5, 3 + some_correct), example(4, 5, 3, 1.0, equal),
+            example(5, 20, 16, 2.0)]  # fmt: skip
 
 
-# 9.2 The clipped loss -----------------------------------------------------------------------------------------------
+# 9.2 The detached ratio ---------------------------------------------------------------------------------------------
 
 
-def clipped_loss(
+def on_policy_loss(
     logp: Float[Tensor, "batch seq"],
-    old_logp: Float[Tensor, "batch seq"],
+    ref_logp: Float[Tensor, "batch seq"],
     advantages: Float[Tensor, "batch"],
     mask: Bool[Tensor, "batch seq"],
-    epsilon: float,
+    kl_weight: float,
 ) -> Float[Tensor, ""]:
-    """GRPO without its KL (DeepSeekMath eq. 3), to be minimised."""
-    ratio, advantage = (logp - old_logp).exp(), advantages[:, None]
-    gains = torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
-    return -((gains * mask).sum(1) / mask.sum(1)).mean()
+    """Mean over sampled tokens of -rho A + kl_weight * rho * k3, where rho is 1 and has the gradient of logp."""
+    ratio, away = (logp - logp.detach()).exp(), ref_logp - logp
+    terms = ratio * (kl_weight * (away.exp() - away - 1) - advantages[:, None])
+    return terms[mask].mean()
 
 
-def loss_examples(g: Generator) -> list[tuple]:
-    def example(batch, seq, epsilon, prompt=0):
-        old_logp = -3 * torch.rand(batch, seq, generator=g)
-        logp = old_logp + 0.5 * torch.randn(batch, seq, generator=g)
-        lengths = torch.randint(prompt + 1, seq, (batch, 1), generator=g)
+def on_policy_examples(g: Generator) -> list[tuple]:
+    def example(batch, seq, kl_weight):
+        logp = -3 * torch.rand(batch, seq, generator=g)
+        lengths = torch.randint(1, seq, (batch, 1), generator=g)
         lengths[0] = seq
-        place = torch.arange(seq)
-        return logp, old_logp, torch.randn(batch, generator=g), (place >= prompt) & (place < lengths), epsilon
+        ref_logp = logp + 0.5 * torch.randn(batch, seq, generator=g)
+        return logp, ref_logp, torch.randn(batch, generator=g), torch.arange(seq) < lengths, kl_weight
 
-    return [example(4, 6, 0.2), example(2, 9, 0.1), example(7, 3, 0.28), example(3, 8, 0.2, prompt=3)]
+    return [example(4, 6, 0.0), example(2, 9, 0.1), example(7, 3, 1.0)]
 
 
 # 9.3 Log-probabilities of an answer ---------------------------------------------------------------------------------
@@ -145,57 +155,58 @@ def reward_examples(g: Generator) -> list[tuple]:
         [*correct, "<eos>"],
         [],
     ]
-    return [*((response, "18") for response in responses), (responses[0], "8"), (responses[2], "6")]
+    alphabet = [*TAGS, "18", "6"]
+    tries = torch.randint(len(alphabet), (200, 7), generator=g).tolist()  # of a policy that tries everything
+    found = [[alphabet[i] for i in row[:length]] for length, row in zip((5, 6, 7) * 67, tries, strict=False)]
+    return [*((response, "18") for response in responses + found), (responses[0], "8"), (responses[2], "6")]
 
 
 EXERCISES = [
     Function(
-        "9.1", "advantages", advantages, advantage_examples,
+        "9.1", "train_bandit", train_bandit, bandit_examples,
         mistakes={
-            "mean and deviation are taken over the whole batch": partial(advantages_with, whole_batch=True),
-            "the standard deviation is divided by the group's size, not by one less":
-                partial(advantages_with, correction=0),
-            "the division by the standard deviation is left out": partial(advantages_with, scaled=False),
-            "nothing protects a group of equals from a division by zero": partial(advantages_with, eps=0.0),
-            "the number added to the standard deviation is much smaller than 1e-4":
-                partial(advantages_with, eps=1e-8),
-            "1e-4 is added to the variance, inside the root": partial(advantages_with, inside=True),
-            "mean and deviation are taken over the whole batch, and the deviation is divided by its size":
-                partial(advantages_with, whole_batch=True, correction=0),
-            "the mean is taken over the whole batch, and the division by the deviation is left out":
-                partial(advantages_with, whole_batch=True, scaled=False),
+            "no baseline is subtracted": partial(bandit_with, baseline="none"),
+            "the baseline is the mean reward of all answers, not of the sampled ones":
+                partial(bandit_with, baseline="all"),
+            "every group is sampled from the first policy": partial(bandit_with, fresh=False),
+            "the policy moves down the gradient": partial(bandit_with, sign=-1.0),
+            "the terms of a group are added, not averaged": partial(bandit_with, added=True),
+            "advantages are divided by the standard deviation": partial(bandit_with, scaled=True),
+            "no baseline is subtracted, and every group is sampled from the first policy":
+                partial(bandit_with, baseline="none", fresh=False),
+            "the terms of a group are added, and the policy moves down the gradient":
+                partial(bandit_with, added=True, sign=-1.0),
         },
         hints=(
-            "one row is one group: which dimension do mean and deviation run along?",
-            "mean(1, keepdim=True) and std(1, keepdim=True), which divides by G - 1; 1e-4 is added to the deviation",
+            "per step: policy, sampled answers, their rewards minus the mean of these, gradient, new logits",
+            "the gradient of log pi(a) is one-hot(a) - policy; average its products with the advantages over the group",
         ),
-        section="chapter 09, section 2.2: the advantages of one group",
+        section="chapter 09, section 2.1: reward minus baseline, and section 2.2: a hundred steps",
+        points=2,
     ),
     Function(
-        "9.2", "clipped_loss", clipped_loss, loss_examples, gradients=("logp",),
+        "9.2", "on_policy_loss", on_policy_loss, on_policy_examples, gradients=("logp",),
         mistakes={
-            "the bounds are swapped for negative advantages": partial(loss_with, terms=clipped_swapped),
-            "the ratio is always clipped, without the minimum": partial(loss_with, terms=clipped_always),
-            "nothing is clipped": partial(loss_with, terms=unclipped),
-            "long answers weigh more, as all tokens are averaged together": partial(loss_with, mean=of_tokens),
-            "the terms of an answer are divided by the padded length, not by the number of its tokens":
-                partial(loss_with, mean=of_padded_length),
-            "padding is counted": partial(loss_with, mean=of_padding_too),
-            "the objective is returned, which is to be maximised": maximised(clipped_loss),
-            "the ratio is that of the log-probabilities": partial(loss_with, ratio=torch.div),
-            "the ratio is inverted": partial(loss_with, ratio=inverted),
-            "one ratio is used for a whole answer, as in R1's equation": loss_of_whole_answers,
-            "the objective is returned, and padding is counted": maximised(partial(loss_with, mean=of_padding_too)),
-            "nothing is clipped, and all tokens are averaged together":
-                partial(loss_with, terms=unclipped, mean=of_tokens),
-            "the ratio is always clipped, and padding is counted":
-                partial(loss_with, terms=clipped_always, mean=of_padding_too),
+            "the ratio has no gradient: both of its log-probabilities are detached, or none":
+                partial(on_policy_with, ratio=False),
+            "the KL term has no ratio with a gradient in front of it": partial(on_policy_with, ratio_of_kl=False),
+            "log-probabilities stand in place of the ratio": partial(on_policy_with, plain=True),
+            "k1 stands in place of k3": partial(on_policy_with, kl=k1),
+            "the reference and the policy are exchanged in k3": partial(on_policy_with, exchanged=True),
+            "padding is counted": partial(on_policy_with, mean=of_padding_too),
+            "an answer's tokens are averaged first, so that those of long answers weigh less":
+                partial(on_policy_with, mean=of_answers),
+            "the objective is returned, which is to be maximised": maximised(on_policy_loss),
+            "the KL term has no ratio with a gradient in front of it, and padding is counted":
+                partial(on_policy_with, ratio_of_kl=False, mean=of_padding_too),
+            "the objective is returned, and padding is counted":
+                maximised(partial(on_policy_with, mean=of_padding_too)),
         },
         hints=(
-            "three steps: a term for each token, a mean within each answer over its own tokens, a mean over answers",
-            "minimum(ratio * A, clamp(ratio) * A) with A of shape [batch, 1]; (terms * mask).sum(1) / mask.sum(1)",
+            "the ratio is 1, but it must have a gradient: which of its two log-probabilities is a constant?",
+            "ratio = exp(logp - logp.detach()); it multiplies the advantage and the k3, and keeps its gradient in both",
         ),
-        section="chapter 09, section 2.3 (the clip) and section 2.5 (from answers to tokens)",
+        section="chapter 09, section 4.2: a loss of zero, and section 4.3: the KL penalty",
         points=2,
     ),
     Function(
@@ -220,7 +231,7 @@ EXERCISES = [
             "decide for each token: is it part of the answer, and did an end token of the answer come before it?",
             "logits[:-1] and tokens[1:] belong together; the first end token from prompt_length on still counts",
         ),
-        section="chapter 09, section 2.5: from answers to tokens",
+        section="chapter 09, section 5.1: shift, mask and average",
         points=2, outputs=("the log-probabilities", "the mask"),
     ),
     Function(
@@ -244,7 +255,7 @@ EXERCISES = [
             "work on the list of tokens: once they are joined, a tag and its spelling are the same text",
             "the tokens that are tags must be the five tags in order; then their places say what stands outside",
         ),
-        section="chapter 09, section 3.2: rewards that are rules",
+        section="chapter 09, section 5.2: rewards by rule",
         points=3,
     ),
     SpotTheBug(
@@ -262,6 +273,29 @@ EXERCISES = [
             "compute the loss yourself in a loop over the sampled tokens, for both signs of the advantage",
             "choose old_logp so that ratios lie above 1.2, below 0.8 and near 1, ref_logp unlike logp, and padding",
         ),
-        section="chapter 09, sections 2.3 to 2.5: the clip, the KL penalty, tokens",
+        section="chapter 09, sections 4.1, 4.3 and 5.1: the clip, the KL penalty, tokens",
+    ),
+    Experiment(
+        "9.6", "flat_share", "share of groups without advantage", 0.09, 0.145,
+        hints=(
+            "draw a probability for every question, then 16 answers with it; a group is flat if it has 0 or 16 correct",
+            "p = torch.rand(2000, 1); correct = torch.rand(2000, 16) < p; then compare each row's sum with 0 and 16",
+        ),
+        section="chapter 09, section 3: the advantages of a group",
+    ),
+    OpenTask(
+        "9.7", "hack",
+        (
+            "the reward pays for something that a person would accept as a sign of a correct answer",
+            "it says before the run what the policy will do, and how accuracy, format and length will change",
+            "training reward and accuracy (pass@1 by the chapter's rule) are both shown, at step 0 and at the end",
+            "it quotes three answers from the end, and says what the policy has learned",
+            "it names the smallest change of the reward that prevents this, and runs it",
+        ),
+        hints=(
+            "for example: 1 if the correct number occurs anywhere in the output; or 0.3 for each written step",
+            "a reward is a function of lists of problems and responses that returns Score(parts, total) for each",
+        ),
+        section="chapter 09, section 8.4: another reward, and section 9: a weak test",
     ),
 ]  # fmt: skip

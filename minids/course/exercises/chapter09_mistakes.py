@@ -7,21 +7,67 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# 9.1 Advantages -----------------------------------------------------------------------------------------------------
+# 9.1 Train a bandit -------------------------------------------------------------------------------------------------
 
 
-def advantages_with(rewards, *, whole_batch=False, correction=1, eps=1e-4, scaled=True, inside=False):
-    rows = rewards.flatten()[None] if whole_batch else rewards
-    variance = rows.var(1, correction=correction, keepdim=True)
-    std = (variance + eps).sqrt() if inside else variance.sqrt() + eps
-    centred = rows - rows.mean(1, keepdim=True)
-    return (centred / std if scaled else centred).view_as(rewards)
+def bandit_with(
+    logits, rewards, uniforms, learning_rate, *, baseline="group", fresh=True, sign=1.0, added=False, scaled=False
+):
+    first, identity = logits.softmax(-1), torch.eye(len(logits), dtype=logits.dtype)
+    for row in uniforms:
+        policy = logits.softmax(-1)
+        drawn = (row[:, None] > (policy if fresh else first).cumsum(-1)).sum(-1)
+        advantages = rewards[drawn] - {"group": rewards[drawn].mean(), "all": rewards.mean(), "none": 0.0}[baseline]
+        if scaled:
+            advantages = advantages / (rewards[drawn].std() + 1e-4)
+        terms = advantages[:, None] * (identity[drawn] - policy)
+        logits = logits + sign * learning_rate * (terms.sum(0) if added else terms.mean(0))
+    return logits.softmax(-1)
 
 
-# 9.2 The clipped loss -----------------------------------------------------------------------------------------------
+# 9.2 The detached ratio ---------------------------------------------------------------------------------------------
 
 Terms = Callable[[Tensor, Tensor, float], Tensor]
 Mean = Callable[[Tensor, Tensor], Tensor]  # of terms, by a mask
+
+
+def of_tokens(terms: Tensor, mask: Tensor) -> Tensor:
+    return terms[mask].mean()
+
+
+def of_answers(terms: Tensor, mask: Tensor) -> Tensor:
+    return ((terms * mask).sum(1) / mask.sum(1)).mean()
+
+
+def of_padding_too(terms: Tensor, mask: Tensor) -> Tensor:
+    return terms.mean()
+
+
+def k3(away: Tensor) -> Tensor:
+    return away.exp() - away - 1
+
+
+def k1(away: Tensor) -> Tensor:
+    return -away
+
+
+def on_policy_with(
+    logp, ref_logp, advantages, mask, kl_weight,
+    *, ratio=True, ratio_of_kl=True, plain=False, exchanged=False, kl=k3, mean: Mean = of_tokens,
+):  # fmt: skip
+    moving = (logp - logp.detach()).exp()
+    gain = logp if plain else moving if ratio else torch.ones_like(logp)
+    penalty = kl(logp - ref_logp if exchanged else ref_logp - logp)
+    if ratio and ratio_of_kl and not plain:
+        penalty = moving * penalty
+    return mean(kl_weight * penalty - gain * advantages[:, None], mask)
+
+
+def maximised(function):
+    return lambda *arguments: -function(*arguments)
+
+
+# The clip, of exercise 9.5 ------------------------------------------------------------------------------------------
 
 
 def clipped(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
@@ -33,51 +79,6 @@ def clipped_swapped(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
     inside = ratio.clamp(1 - epsilon, 1 + epsilon) * advantage
     outside = ratio * advantage
     return torch.where(advantage < 0, torch.maximum(outside, inside), torch.minimum(outside, inside))
-
-
-def clipped_always(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
-    return ratio.clamp(1 - epsilon, 1 + epsilon) * advantage
-
-
-def unclipped(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
-    return ratio * advantage
-
-
-def of_answers(terms: Tensor, mask: Tensor) -> Tensor:
-    return ((terms * mask).sum(1) / mask.sum(1)).mean()
-
-
-def of_tokens(terms: Tensor, mask: Tensor) -> Tensor:
-    return terms[mask].mean()
-
-
-def of_padded_length(terms: Tensor, mask: Tensor) -> Tensor:
-    return (terms * mask).mean()
-
-
-def of_padding_too(terms: Tensor, mask: Tensor) -> Tensor:
-    return terms.mean()
-
-
-def inverted(logp: Tensor, old_logp: Tensor) -> Tensor:
-    return (old_logp - logp).exp()
-
-
-def loss_with(
-    logp, old_logp, advantages, mask, epsilon, *, terms: Terms = clipped, mean: Mean = of_answers, ratio=None
-):
-    ratio = (logp - old_logp).exp() if ratio is None else ratio(logp, old_logp)
-    return -mean(terms(ratio, advantages[:, None], epsilon), mask)
-
-
-def loss_of_whole_answers(logp, old_logp, advantages, mask, epsilon):
-    """R1's equation 1: one ratio for an answer."""
-    ratio = ((logp - old_logp) * mask).sum(1).exp()
-    return -clipped(ratio, advantages, epsilon).mean()
-
-
-def maximised(function):
-    return lambda *arguments: -function(*arguments)
 
 
 # 9.3 Log-probabilities of an answer ---------------------------------------------------------------------------------
@@ -152,14 +153,6 @@ def reward_any_of_several(tokens, answer):
 
 
 # 9.5 A test for the whole loss --------------------------------------------------------------------------------------
-
-
-def k3(away: Tensor) -> Tensor:
-    return away.exp() - away - 1
-
-
-def k1(away: Tensor) -> Tensor:
-    return -away
 
 
 def answer_loss_with(read=logps_with, terms: Terms = clipped, kl=k3):

@@ -1,197 +1,147 @@
-"""Exercises of chapter 10: the loss on answers only, rejection sampling, distillation; tests for three old mistakes."""
+"""Exercises of chapter 10: labels of a conversation, several teachers, preferences, two tests, an experiment."""
 
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from minids.course.checks import Bug, Function, SpotTheBug
+from minids.course.checks import Bug, Experiment, Function, OpenTask, SpotTheBug
 
-# 10.1 The loss of supervised fine-tuning ----------------------------------------------------------------------------
+# 10.1 Labels of a conversation ---------------------------------------------------------------------------------------
 
-
-def sft_loss(
-    logits: Float[Tensor, "batch seq vocab"],
-    tokens: Int[Tensor, "batch seq"],
-    prompt_lengths: Int[Tensor, "batch"],
-    lengths: Int[Tensor, "batch"],
-) -> Float[Tensor, ""]:
-    """Mean of -log p in nats over the answer tokens of the whole batch; row i is prompt, answer, then padding."""
-    counted = in_answer(tokens, prompt_lengths, lengths)
-    return F.cross_entropy(logits[:, :-1][counted], tokens[:, 1:][counted])
+Turn = tuple[str, list[int]]  # "user" or "assistant", and the tokens of the turn, its end token included
 
 
-def in_answer(tokens: Tensor, first: Tensor, end: Tensor) -> Bool[Tensor, "batch seq_minus_1"]:
-    """For each token but the first: does it stand from `first` on and before `end`?"""
-    place = torch.arange(1, tokens.shape[1])
-    return (place >= first[:, None]) & (place < end[:, None])
+def conversation_labels(turns: list[Turn], seq_len: int) -> list[int]:
+    """What each of `seq_len` positions has to predict: the assistant's tokens, -100 elsewhere."""
+    return labels_with(turns, seq_len)
 
 
-def sft_loss_with(
-    logits, tokens, prompt_lengths, lengths, *, prompt=False, padding=False, skip=0, drop=0, shifted=True, mean=True
-) -> Tensor:
-    """Compute `sft_loss`; the options are mistakes."""
-    first = torch.zeros_like(prompt_lengths) if prompt else prompt_lengths + skip
-    end = torch.full_like(lengths, tokens.shape[1]) if padding else lengths - drop
-    counted = in_answer(tokens, first, end)
-    used = logits[:, :-1] if shifted else logits[:, 1:]
-    return F.cross_entropy(used[counted], tokens[:, 1:][counted], reduction="mean" if mean else "sum")
+def labels_with(
+    turns, seq_len, *, learns=lambda role, last: role == "assistant", shift=1, skip=0, drop=0, padding=-100
+):
+    """Compute `conversation_labels`; the options are mistakes."""
+    labels: list[int] = []
+    for number, (role, tokens) in enumerate(turns):
+        learned = learns(role, number == len(turns) - 1)
+        first, end = skip, len(tokens) - drop
+        labels += [token if learned and first <= place < end else -100 for place, token in enumerate(tokens)]
+    return (labels + [padding] * (seq_len + 1 - len(labels)))[shift : shift + seq_len]
 
 
-def sft_loss_over_places(logits, tokens, prompt_lengths, lengths):
-    return sft_loss_with(logits, tokens, prompt_lengths, lengths, mean=False) / tokens[:, 1:].numel()
+def conversation_examples(g: Generator) -> list[tuple]:
+    def example(lengths, seq_len, first="user"):
+        roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+        turns = [
+            (roles[i % 2], torch.randint(1, 50, (length,), generator=g).tolist()) for i, length in enumerate(lengths)
+        ]
+        return turns, seq_len
 
-
-def sft_loss_by_row(logits, tokens, prompt_lengths, lengths, **options):
-    rows = (logits, tokens, prompt_lengths, lengths)
-    return torch.stack([sft_loss_with(*(x[i : i + 1] for x in rows), **options) for i in range(len(tokens))]).mean()
-
-
-def sft_examples(g: Generator) -> list[tuple]:
-    def example(prompt_lengths, lengths, seq, vocab):
-        rows = len(lengths)
-        logits, tokens = torch.randn(rows, seq, vocab, generator=g), torch.randint(vocab, (rows, seq), generator=g)
-        return logits, tokens, torch.tensor(prompt_lengths), torch.tensor(lengths)
-
-    return [example([2, 4], [7, 6], 8, 5), example([1, 3, 2], [3, 9, 8], 9, 11), example([5, 1], [8, 7], 9, 3)]
-
-
-# 10.2 Rejection sampling --------------------------------------------------------------------------------------------
-
-Attempt = tuple[str, str, bool, bool]  # prompt and answer, whether that is correct, whether it can be read
-
-
-def keep(attempts: list[Attempt], per_problem: int) -> list[int]:
-    """Places of the attempts to learn from: correct, readable, new for their problem, at most so many of a problem."""
-    return keep_by(attempts, per_problem)
-
-
-def keep_by(
-    attempts: list[Attempt],
-    per_problem: int,
-    fine: Callable[[bool, bool], bool] = lambda correct, readable: correct and readable,
-    same: Callable[[str, str], object] = lambda prompt, answer: (prompt, answer),
-    shares: Callable[[str], str] = lambda prompt: prompt,
-    dropped_are_seen: bool = False,
-    first_place: int = 0,
-) -> list[int]:
-    kept, seen, taken = [], set(), Counter[str]()
-    for place, (prompt, answer, correct, readable) in enumerate(attempts, start=first_place):
-        new = same(prompt, answer) not in seen
-        keeps = fine(correct, readable) and new and taken[shares(prompt)] < per_problem
-        if keeps:
-            kept.append(place)
-            taken[shares(prompt)] += 1
-        if keeps or dropped_are_seen:
-            seen.add(same(prompt, answer))
-    return kept
-
-
-def never_a_copy(prompt: str, answer: str) -> object:
-    return object()
-
-
-def keep_one_more(attempts, per_problem):
-    return keep_by(attempts, per_problem + 1)
-
-
-def keep_of_first_tries(attempts, per_problem):
-    asked = [prompt for prompt, *_ in attempts]
-    early = [place for place, prompt in enumerate(asked) if asked[:place].count(prompt) < per_problem]
-    return [early[i] for i in keep([attempts[place] for place in early], per_problem)]
-
-
-def keep_until_copies_fill(attempts, per_problem):
-    early = keep_by(attempts, per_problem, same=never_a_copy)
-    return [early[i] for i in keep([attempts[place] for place in early], per_problem)]
-
-
-def keep_examples(g: Generator) -> list[tuple]:
-    by_hand = [
-        ("a1 b+1?", "b1+1=3", False, True),
-        ("a1 b+1?", "b1+1=2", True, True),
-        ("a1 b+1?", "b1+1=2", True, True),
-        ("a2 b+0?", "b1+1=2", True, True),
-        ("a1 b+1?", "2, that is", True, False),
-        ("a1 b+1?", "so 2", True, True),
-        ("a1 b+1?", "b=2", True, True),
+    return [
+        ([("user", [5, 6]), ("assistant", [7, 8]), ("user", [9]), ("assistant", [4, 3, 2])], 9),
+        example([3, 2, 4, 1, 2, 5], 20),
+        example([1, 4], 4),
+        example([2, 3, 3], 12, first="assistant"),  # the first token of a row has nothing before it
     ]
 
-    def example(count):
-        draws = torch.randint(3, (count, 4), generator=g).tolist()
-        return [(f"p{prompt}", f"s{answer}", good > 0, readable > 0) for prompt, answer, good, readable in draws]
 
-    return [(by_hand, 2), (example(20), 1), (example(30), 2), ([], 1), (example(9), 5)]
+# 10.2 Several teachers ------------------------------------------------------------------------------------------------
 
 
-# 10.3 Distillation --------------------------------------------------------------------------------------------------
-
-
-def distil_loss(
-    logits: Float[Tensor, "tokens vocab"], teacher_logits: Float[Tensor, "tokens vocab"], temperature: float
+def multi_teacher_loss(
+    logits: Float[Tensor, "batch seq vocab"],
+    teacher_logits: Float[Tensor, "teachers batch seq vocab"],
+    weights: Float[Tensor, "teachers"],
+    mask: Bool[Tensor, "batch seq"],
 ) -> Float[Tensor, ""]:
-    """temperature^2 KL(teacher || student), both softened by the temperature; the mean over tokens, in nats."""
-    return temperature**2 * kl(teacher_logits / temperature, logits / temperature)
+    """sum_i w_i KL(student || teacher i), the mean over the tokens of the mask, in nats."""
+    return teachers_with(logits, teacher_logits, weights, mask)
 
 
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """Mean over tokens of KL(p || q), given by their logits."""
-    return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
-
-
-def distil_with(
-    logits, teacher_logits, temperature, *, power=2, softened=True, mean=True, inverse=False, over_vocabulary=False
+def teachers_with(
+    logits, teacher_logits, weights, mask, *, forward=False, masked=True, by_row=False, mixed=False, weighted=True
 ) -> Tensor:
-    """Compute `distil_loss`; the options are mistakes."""
-    heat = 1 / temperature if inverse else temperature
-    value = kl(teacher_logits / heat if softened else teacher_logits, logits / heat)
-    scale = 1 if mean else len(logits)
-    return temperature**power * value * scale / (logits.shape[-1] if over_vocabulary else 1)
+    """Compute `multi_teacher_loss`; the options are mistakes."""
+    q, p = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    w = weights if weighted else torch.ones_like(weights)
+    if mixed:  # one teacher: the weighted mean of the distributions
+        p, w = ((p.exp() * w[:, None, None, None]).sum(0) / w.sum()).log()[None], w.sum()[None]
+    kl = ((p.exp() * (p - q)) if forward else (q.exp() * (q - p))).sum(-1)
+    per_token = (kl * w[:, None, None]).sum(0)
+    counted = mask if masked else torch.ones_like(mask)
+    if by_row:
+        return ((per_token * counted).sum(1) / counted.sum(1)).mean()
+    return per_token[counted].mean()
 
 
-def distil_reversed(logits, teacher_logits, temperature, **options):
-    return distil_with(teacher_logits, logits, temperature, **options)
+def teachers_by_vocabulary(logits, teacher_logits, weights, mask):
+    return multi_teacher_loss(logits, teacher_logits, weights, mask) / logits.shape[-1]
 
 
-def distil_cross_entropy(logits, teacher_logits, temperature, power=2):
-    return temperature**power * F.cross_entropy(logits / temperature, (teacher_logits / temperature).softmax(-1))
+def teachers_sampled(logits, teacher_logits, weights, mask):
+    """The value of the loss, with the gradient of an estimate from sampled tokens."""
+    q, p = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    kl = (q.exp().detach() * (q - p)).sum(-1)
+    return (kl * weights[:, None, None]).sum(0)[mask].mean()
 
 
-def distil_examples(g: Generator) -> list[tuple]:
-    shapes = ((4, 6, 1.0), (1, 3, 2.0), (7, 11, 3.0))
-    return [(*torch.randn(2, tokens, vocab, generator=g).unbind(), t) for tokens, vocab, t in shapes]
+def teachers_examples(g: Generator) -> list[tuple]:
+    examples = []
+    for teachers, batch, seq, vocab in ((2, 2, 4, 5), (3, 1, 6, 7), (2, 3, 5, 3)):
+        logits, *others = torch.randn(1 + teachers, batch, seq, vocab, generator=g)
+        mask = torch.rand(batch, seq, generator=g) < 0.6
+        mask[:, 0], mask[0, 1:3] = True, True  # rows of different lengths, none of them empty
+        examples.append((logits, torch.stack(others), torch.rand(teachers, generator=g) + 0.2, mask))
+    return examples
 
 
-# 10.4 A test for labels ---------------------------------------------------------------------------------------------
+# 10.3 Preferences that judges agree on --------------------------------------------------------------------------------
 
 
-def labels(prompt: list[int], answer: list[int], seq_len: int) -> list[int]:
-    """What each of `seq_len` positions has to predict, -100 for nothing; padding is token 0."""
-    return [-100] * (len(prompt) - 1) + answer + [-100] * (seq_len + 1 - len(prompt) - len(answer))
+def preference_loss(
+    rewards_a: Float[Tensor, "pairs"], rewards_b: Float[Tensor, "pairs"], votes: Float[Tensor, "pairs judges"]
+) -> Float[Tensor, ""]:
+    """Bradley-Terry loss over the pairs whose mean vote is beyond 1 (for a) or below -1 (for b), in nats."""
+    return preference_with(rewards_a, rewards_b, votes)
 
 
-def labels_with_prompt(prompt: list[int], answer: list[int], seq_len: int) -> list[int]:
-    return prompt[1:] + labels(prompt, answer, seq_len)[len(prompt) - 1 :]
+def preference_with(
+    rewards_a, rewards_b, votes, *, all_pairs=False, summed=False, signed=True, over_all=False, closed=False
+) -> Tensor:
+    """Compute `preference_loss`; the options are mistakes."""
+    gap = votes.sum(1) if summed else votes.mean(1)
+    kept = torch.ones_like(gap, dtype=torch.bool) if all_pairs else gap.abs() >= 1 if closed else gap.abs() > 1
+    sign = torch.where(gap > 0, 1.0, -1.0) if signed else torch.ones_like(gap)
+    terms = -F.logsigmoid(sign * (rewards_a - rewards_b))[kept]
+    return terms.sum() / len(gap) if over_all else terms.mean()
 
 
-def labels_with_padding(prompt: list[int], answer: list[int], seq_len: int) -> list[int]:
-    return labels(prompt, answer + [0] * (seq_len + 1 - len(prompt) - len(answer)), seq_len)
+def preference_reversed(rewards_a, rewards_b, votes, **options):
+    return preference_with(rewards_b, rewards_a, votes, **options)
 
 
-def labels_unshifted(prompt: list[int], answer: list[int], seq_len: int) -> list[int]:
-    return [-100, *labels(prompt, answer, seq_len)][:seq_len]
+def preference_by_probability(rewards_a, rewards_b, votes):
+    gap = votes.mean(1)
+    kept = gap.abs() > 1
+    return -torch.sigmoid(gap.sign() * (rewards_a - rewards_b))[kept].mean()
 
 
-def labels_without_end(prompt: list[int], answer: list[int], seq_len: int) -> list[int]:
-    return labels(prompt, answer[:-1], seq_len)
+def preference_examples(g: Generator) -> list[tuple]:
+    examples = []
+    for pairs, judges in ((4, 4), (8, 4), (6, 3)):
+        votes = torch.randint(-3, 4, (pairs, judges), generator=g).float()
+        votes[0], votes[1], votes[2] = 2.0, -2.0, 1.0  # for a, for b, and exactly at the limit
+        votes[3] = torch.tensor([1.0, -1.0, 1.0, 1.0])[:judges]  # small, but its sum is beyond 1 with four judges
+        rewards = torch.randn(2, pairs, generator=g)
+        examples.append((rewards[0], rewards[1], votes))
+    return examples
 
 
-# 10.5 A test for a split --------------------------------------------------------------------------------------------
+# 10.4 A test for a split ----------------------------------------------------------------------------------------------
 
 Split = tuple[list[str], list[str]]
 
@@ -217,7 +167,7 @@ def split_by_rank(prompts: list[str]) -> Split:
     return [p for p in prompts if p not in held_out], [p for p in prompts if p in held_out]
 
 
-# 10.6 A test for a vote ---------------------------------------------------------------------------------------------
+# 10.5 A test for a vote -----------------------------------------------------------------------------------------------
 
 
 def vote(answers: list[str | None]) -> str | None:
@@ -236,94 +186,74 @@ def vote_with_spaces(answers: list[str | None]) -> str | None:
     return max(readable, key=readable.count, default="").strip() or None
 
 
+MASS_LOW, MASS_HIGH = 0.15, 0.4
+
+loss_options: dict[str, Callable[..., Tensor]] = {
+    "the divergence is taken from the teachers to the student": partial(teachers_with, forward=True),
+    "tokens outside of the mask count too": partial(teachers_with, masked=False),
+    "every row counts the same, however many tokens it has": partial(teachers_with, by_row=True),
+    "the teachers' distributions are averaged first": partial(teachers_with, mixed=True),
+    "every teacher has the weight 1": partial(teachers_with, weighted=False),
+    "the mean runs over the vocabulary as well": teachers_by_vocabulary,
+    "the student's probabilities are constants, as in an estimate from sampled tokens": teachers_sampled,
+    "the divergence is taken from the teachers to the student, and tokens outside of the mask count too":
+        partial(teachers_with, forward=True, masked=False),
+    "every teacher has the weight 1, and every row counts the same":
+        partial(teachers_with, weighted=False, by_row=True),
+}  # fmt: skip
+
 EXERCISES = [
     Function(
-        "10.1", "sft_loss", sft_loss, sft_examples, gradients=("logits",),
+        "10.1", "conversation_labels", conversation_labels, conversation_examples,
         mistakes={
-            "the prompt is learned too": partial(sft_loss_with, prompt=True),
-            "padding is learned too": partial(sft_loss_with, padding=True),
-            "the first token of the answer is left out": partial(sft_loss_with, skip=1),
-            "the last token of the answer is left out": partial(sft_loss_with, drop=1),
-            "position t scores token t, its own input": partial(sft_loss_with, shifted=False),
-            "every answer weighs the same, however long it is": sft_loss_by_row,
-            "the sum is not divided by the number of answer tokens": partial(sft_loss_with, mean=False),
-            "the sum is divided by all positions, those that do not count too": sft_loss_over_places,
-            "the prompt and the padding are learned too": partial(sft_loss_with, prompt=True, padding=True),
-            "the prompt is learned too, and every answer weighs the same": partial(sft_loss_by_row, prompt=True),
-            "padding is learned too, and nothing is shifted": partial(sft_loss_with, padding=True, shifted=False),
+            "the user's tokens are learned too": partial(labels_with, learns=lambda role, last: True),
+            "only the last turn is learned": partial(labels_with, learns=lambda role, last: last),
+            "labels are not shifted: a position predicts its own input": partial(labels_with, shift=0),
+            "the first token of each answer is left out": partial(labels_with, skip=1),
+            "the end token of each answer is left out": partial(labels_with, drop=1),
+            "padding is learned too": partial(labels_with, padding=0),
+            "the user's tokens are learned too, and padding":
+                partial(labels_with, learns=lambda role, last: True, padding=0),
         },
         hints=(
-            "which tokens of a row are predictions that count? Then one mean over all of them, not one for each row",
-            "logits[:, :-1] predict tokens[:, 1:]; the token at place t counts if prompt_length <= t < length",
+            "mark each token first: learned or not; then shift the whole list by one place, and only then pad",
+            "flat = [token if role == 'assistant' else -100 ...] over all turns; labels = flat[1:], padded with -100",
         ),
-        section="chapter 10, section 2.1: the loss on the answer only",
+        section="chapter 10, section 2.1: SFT, the loss on the answer only",
         points=2,
     ),
     Function(
-        "10.2", "keep", keep, keep_examples,
-        mistakes={
-            "correct answers are kept that nobody can read": partial(keep_by, fine=lambda correct, _: correct),
-            "incorrect answers are kept": partial(keep_by, fine=lambda _, readable: readable),
-            "copies are kept": partial(keep_by, same=never_a_copy),
-            "the same words are a copy even under another problem": partial(keep_by, same=lambda _, answer: answer),
-            "the limit holds for all problems together": partial(keep_by, shares=lambda prompt: ""),
-            "one attempt too many of a problem is kept": keep_one_more,
-            "attempts that are dropped count towards the limit of their problem": keep_of_first_tries,
-            "copies count towards the limit of their problem": keep_until_copies_fill,
-            "an attempt is a copy even of one that was dropped": partial(keep_by, dropped_are_seen=True),
-            "places are counted from 1": partial(keep_by, first_place=1),
-            "copies are kept, and answers that nobody can read":
-                partial(keep_by, same=never_a_copy, fine=lambda correct, _: correct),
-            "copies are kept, and the limit holds for all problems together":
-                partial(keep_by, same=never_a_copy, shares=lambda prompt: ""),
-        },
+        "10.2", "multi_teacher_loss", multi_teacher_loss, teachers_examples, gradients=("logits",),
+        mistakes=loss_options,
         hints=(
-            "one pass in order is enough: what must be remembered of the attempts that were kept?",
-            "remember the set of kept (prompt, answer) pairs and a counter of kept attempts for each prompt",
+            "which distribution is the sum weighted by: the one that wrote the answers, or the one that judges them?",
+            "q, p = both log_softmax; (q.exp() * (q - p)).sum(-1) is [teachers, batch, seq]; weigh, add, select, mean",
         ),
-        section="chapter 10, section 2.2: rules that select answers",
+        section="chapter 10, section 2.3 (the target) and section 2.4 (whose prefixes)",
         points=2,
     ),
     Function(
-        "10.3", "distil_loss", distil_loss, distil_examples, gradients=("logits",),
+        "10.3", "preference_loss", preference_loss, preference_examples, gradients=("rewards_a", "rewards_b"),
         mistakes={
-            "the divergence is taken from the student to the teacher": distil_reversed,
-            "the factor of temperature squared is missing": partial(distil_with, power=0),
-            "the factor is the temperature, not its square": partial(distil_with, power=1),
-            "the logits are multiplied by the temperature": partial(distil_with, inverse=True),
-            "only the student is softened": partial(distil_with, softened=False),
-            "the mean runs over the vocabulary as well": partial(distil_with, over_vocabulary=True),
-            "the sum over tokens is not divided by their number": partial(distil_with, mean=False),
-            "the teacher's entropy is left in: a cross-entropy": distil_cross_entropy,
-            "the mean runs over the vocabulary as well, and the factor of temperature squared is missing":
-                partial(distil_with, over_vocabulary=True, power=0),
-            "the divergence is taken from the student to the teacher, and the factor of temperature squared is missing":
-                partial(distil_reversed, power=0),
-            "the teacher's entropy is left in, and the factor of temperature squared is missing":
-                partial(distil_cross_entropy, power=0),
+            "all pairs are kept": partial(preference_with, all_pairs=True),
+            "the votes of a pair are added instead of averaged": partial(preference_with, summed=True),
+            "answer a is always taken for the preferred one": partial(preference_with, signed=False),
+            "the sum over the kept pairs is divided by the number of all": partial(preference_with, over_all=True),
+            "a mean vote of exactly 1 is kept": partial(preference_with, closed=True),
+            "the loss prefers the answer that the judges did not": preference_reversed,
+            "the logarithm is missing": preference_by_probability,
+            "all pairs are kept, and answer a is always taken for the preferred one":
+                partial(preference_with, all_pairs=True, signed=False),
         },
         hints=(
-            "KL(p || q) is a sum over the vocabulary of p (log p - log q): which of the two is p here?",
-            "log_softmax of both logits / T; teacher.exp() * (teacher - student), sum over -1, mean, times T^2",
+            "three steps: the mean vote of each pair, which pairs are kept, and which answer of a pair is preferred",
+            "-logsigmoid(sign * (rewards_a - rewards_b)), where sign is that of the mean vote; mean over the kept",
         ),
-        section="chapter 10, section 2.3: learning from probabilities",
+        section="chapter 10, section 6: when the reward is learned",
+        points=2,
     ),
     SpotTheBug(
-        "10.4", "test_labels", labels,
-        (
-            Bug("the prompt is learned", labels_with_prompt, "which labels does a prompt of three tokens leave?"),
-            Bug("padding is learned", labels_with_padding, "leave room after the answer"),
-            Bug("labels are not shifted", labels_unshifted, "the last prompt token predicts the first of the answer"),
-            Bug("the end is never learned", labels_without_end, "is the answer's last token a label?"),
-        ),
-        hints=(
-            "write one short row by hand: prompt, answer, padding, and below each token the one that follows it",
-            "take a prompt of three tokens, an answer of two and seq_len = 7, and compare the whole list of labels",
-        ),
-        section="chapter 10, section 2.1 (the loss on the answer only) and section 7.1 (loss on the prompt)",
-    ),
-    SpotTheBug(
-        "10.5", "test_split", split,
+        "10.4", "test_split", split,
         (
             Bug("a copy of a held-out problem is trained on", split_by_place, "give it the same prompt several times"),
             Bug("held-out problems stay in training", split_without_removal, "compare the two sides as sets"),
@@ -333,10 +263,10 @@ EXERCISES = [
             "call split more than once, and with lists in which prompts repeat; then compare the answers",
             "repeat the whole list three times: the two sides share nothing; then split each prompt alone",
         ),
-        section="chapter 10, section 7.2: a leak between training and held-out",
+        section="chapter 10, section 9.2: a leak between training and held-out problems",
     ),
     SpotTheBug(
-        "10.6", "test_vote", vote,
+        "10.5", "test_vote", vote,
         (
             Bug("what cannot be read has a vote", vote_of_unreadable, "let most answers be None"),
             Bug("a space splits the votes", vote_with_spaces, "'18' and ' 18' are one answer"),
@@ -345,6 +275,31 @@ EXERCISES = [
             "think of lists in which the most frequent entry should not win",
             "one list with three None and one answer; one in which '18' wins only if ' 18' and '18 ' count for it",
         ),
-        section="chapter 10, section 2.4 (a vote) and section 7.3 (what cannot be read)",
+        section="chapter 10, section 7.2: one long chain, or many votes",
+    ),
+    Experiment(
+        "10.6", "mass_between", "probability between the modes, forward KL minus reverse KL", MASS_LOW, MASS_HIGH,
+        seeds=tuple(range(7)),
+        hints=(
+            "two students with the same start: one minimises KL(p || q), the other KL(q || p); measure both at the end",
+            "a student is logits -(x - centre)**2 / (2 * width.exp()**2) with centre and width as parameters; "
+            "400 steps of Adam at 0.1; then q[15:24].sum()",
+        ),
+        section="chapter 10, section 2.3: the target: a token, or a distribution",
+    ),
+    OpenTask(
+        "10.7", "a_harder_reward",
+        (
+            "the reward model is changed in one respect: a bound, features per token, other pairs, a penalty",
+            "its agreement with the annotators is measured on unseen pairs, before and after",
+            "RL runs with both, from the same model, at least two seeds, and rules measure the true score",
+            "it says which answers the policy found in each run, with examples",
+            "it says what the change costs where the reward was not exploited",
+        ),
+        hints=(
+            "start from benchmarks/reward_model.py: which answers got the highest learned reward, and why?",
+            "divide the counts by the length, or add the pairs that the policy of an earlier run wrote and fit again",
+        ),
+        section="chapter 10, section 6.2: RL on the learned reward",
     ),
 ]  # fmt: skip

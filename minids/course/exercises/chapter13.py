@@ -1,6 +1,7 @@
-"""Exercises of chapter 13: groups of ranks, what each rank holds, sums over ranks, and runs that are killed.
+"""Exercises of chapter 13: groups of ranks, what each rank holds, sums over ranks, slow ranks, and killed runs.
 
-All ranks live in one process here: a list, or the first dimension of a tensor, holds one entry per rank.
+All ranks live in one process, but for the open task: a list, or the first dimension of a tensor, holds one entry per
+rank.
 """
 
 import math
@@ -11,20 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from minids import cost
-from minids.course.checks import Bug, Function, SpotTheBug
+from minids.course.checks import Bug, Experiment, Function, OpenTask, SpotTheBug
 from minids.course.exercises.chapter13_mistakes import (
     Groups,
     Pieces,
     bytes_with,
-    from_beginning,
-    from_checkpoint_before,
-    from_kill,
-    from_next_checkpoint,
-    from_step_of_checkpoint,
     groups_exchanged,
     groups_of_whole_stages,
     groups_with,
-    lives,
     norm_copies_counted_again,
     norm_of_names,
     norm_of_one_rank,
@@ -112,14 +107,17 @@ def norm_examples(generator: torch.Generator) -> list[tuple]:
 
 # 13.5 ----------------------------------------------------------------------------------------------------------------
 
-
-def steps_taken(steps: int, every: int, kills: list[int]) -> list[int]:
-    """A run's steps as they are computed; a checkpoint after each `every`, and life i ends after step kills[i]."""
-    return lives(steps, every, kills)
+SLOW_LOW, SLOW_HIGH = 16.0, 18.5  # the median over 5 seeds is 17.2
 
 
-def kill_examples(_: torch.Generator) -> list[tuple]:
-    return [(10, 3, [4]), (10, 3, [4, 8]), (12, 5, [3, 11, 11]), (7, 10, [6]), (9, 4, [4, 8, 9]), (5, 2, [])]
+def above_mean_step(
+    seed: int, ranks: int = 2048, spread: float = 0.05, steps: int = 200, of_mean: bool = False
+) -> float:
+    """Per cent by which the mean step exceeds a rank's mean time, where every step waits for the slowest rank."""
+    generator = torch.Generator().manual_seed(seed)
+    times = 1 + spread * torch.randn(steps, ranks, generator=generator, dtype=torch.float64)
+    step = times.mean(0).max() if of_mean else times.amax(1).mean()
+    return 100 * (step.item() - 1)
 
 
 # 13.6 ----------------------------------------------------------------------------------------------------------------
@@ -151,7 +149,7 @@ EXERCISES = [
             "find the three coordinates of the rank first; a group is all ranks that differ in one of them only",
             "stage, rest = divmod(rank, dp * ep); row, expert = divmod(rest, ep); then vary one coordinate at a time",
         ),
-        section="chapter 13, section 2.1: three axes",
+        section="chapter 13, section 1 (the picture) and section 2.4 (DeviceMesh)",
         outputs=("the pp group", "the dp group", "the ep group"),
     ),
     Function(
@@ -173,7 +171,7 @@ EXERCISES = [
             "experts and all other parameters have different numbers of copies: how many ranks share one of each?",
             "experts / ep parameters are sharded over dp ranks, the others over dp * ep; then look at the stage",
         ),
-        section="chapter 13, section 2.3 (ZeRO) and section 5.1 (the plan for 2048 ranks)",
+        section="chapter 13, section 2.3 (ZeRO) and section 5.1 (memory)",
         points=2, outputs=("the weights", "the gradients", "the optimizer states"),
     ),
     Function(
@@ -214,26 +212,15 @@ EXERCISES = [
         section="chapter 13, section 2.2 (sums over ranks) and section 3.1 (what the package does)",
         points=2,
     ),
-    Function(
-        "13.5", "steps_taken", steps_taken, kill_examples,
-        mistakes={
-            "no step is computed twice, as if each had been saved": partial(lives, saved=from_kill),
-            "it starts from the beginning": partial(lives, saved=from_beginning),
-            "the step of the checkpoint is taken again": partial(lives, saved=from_step_of_checkpoint),
-            "it goes on from the next checkpoint, which was never written": partial(lives, saved=from_next_checkpoint),
-            "a kill right after a checkpoint loses that checkpoint": partial(lives, saved=from_checkpoint_before),
-            "a life ends before the step of its kill": partial(lives, killed_step=False),
-            "steps are numbered from 0": partial(lives, first=0),
-            "it starts from the beginning, and a life ends before the step of its kill":
-                partial(lives, saved=from_beginning, killed_step=False),
-            "no step is computed twice, and steps are numbered from 0":
-                partial(lives, saved=from_kill, first=0),
-        },
+    Experiment(
+        "13.5", "above_mean_step", "mean step longer than a rank's mean time, %", SLOW_LOW, SLOW_HIGH,
+        seeds=tuple(range(5)),
         hints=(
-            "what survives a kill is the newest checkpoint: after which step was it written?",
-            "the next life starts one step after killed // every * every, and includes the step of its own kill",
+            "a step ends when its slowest rank ends: which of mean and maximum is over ranks, which is over steps?",
+            "times = 1 + 0.05 * torch.randn(200, 2048, generator=generator); then the maximum over ranks of each step, "
+            "the mean over steps, minus 1, in per cent",
         ),
-        section="chapter 13, section 3.3: the command, and what a kill costs",
+        section="chapter 13, section 4.4 (time) and section 5.2 (the step, against the published one)",
     ),
     SpotTheBug(
         "13.6", "test_train", train,
@@ -248,6 +235,22 @@ EXERCISES = [
             "take train(data, 1, 3, None) as the reference, and compare weight and bias for 1, 2 and 4 ranks, each "
             "with and without a kill between two checkpoints",
         ),
-        section="chapter 13, section 4.2 (a comparison that can fail) and section 4.6 (half a checkpoint)",
+        section="chapter 13, section 4.2 (two mistakes) and section 4.6 (a checkpoint without moments or position)",
+    ),
+    OpenTask(
+        "13.7", "train_zero",
+        (
+            "two processes equal one process in float64, after five steps, to 1e-12",
+            "each process keeps momentum for its own half of the weights only; it says how many bytes that saves",
+            "gradients are summed, not averaged, or the learning rate accounts for it",
+            "it counts the bytes that a step exchanges, and compares them with an all-reduce",
+            "it says what would change for ZeRO-2 and ZeRO-3",
+        ),
+        hints=(
+            "flatten all gradients into one vector; which half of it does this rank need, and in which form?",
+            "dist.reduce_scatter(half, list(gradient.chunk(ranks))), then momentum and step on that half, then "
+            "dist.all_gather and vector_to_parameters",
+        ),
+        section="chapter 13, section 2.3: ZeRO",
     ),
 ]  # fmt: skip

@@ -123,42 +123,6 @@ def norm_without_copies(shards, copied):
     return norm([[piece for piece in shard if piece[0] not in copied] for shard in shards], [])
 
 
-# 13.5 ----------------------------------------------------------------------------------------------------------------
-
-
-def from_checkpoint(killed: int, every: int) -> int:
-    return killed // every * every
-
-
-def from_kill(killed: int, every: int) -> int:
-    return killed
-
-
-def from_beginning(killed: int, every: int) -> int:
-    return 0
-
-
-def from_step_of_checkpoint(killed: int, every: int) -> int:
-    return max(killed // every * every - 1, 0)
-
-
-def from_next_checkpoint(killed: int, every: int) -> int:
-    return -(-killed // every) * every
-
-
-def from_checkpoint_before(killed: int, every: int) -> int:
-    return max(killed - 1, 0) // every * every
-
-
-def lives(steps, every, kills, saved=from_checkpoint, killed_step=True, first=1) -> list[int]:
-    taken: list[int] = []
-    at = 0
-    for killed in kills:
-        taken += range(at + first, killed + first - (not killed_step))
-        at = saved(killed, every)
-    return taken + list(range(at + first, steps + first))
-
-
 # 13.6 ----------------------------------------------------------------------------------------------------------------
 
 

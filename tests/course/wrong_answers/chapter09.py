@@ -8,63 +8,64 @@ from minids.course.exercises import chapter09 as given
 from minids.course.exercises import chapter09_mistakes as mistakes
 
 
-def advantages_without_nan(rewards):
-    """As submitted in a review: the number in the denominator is what matters."""
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return (centred / rewards.std(1, keepdim=True)).nan_to_num(0.0)
+def bandit_greedy(logits, rewards, uniforms, learning_rate):
+    """The most probable answer each time: nothing is sampled."""
+    return given.train_bandit(logits, rewards, torch.full_like(uniforms, 0.5), learning_rate)
 
 
-def advantages_against_others(rewards):
-    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    return (rewards - others) / (rewards.std(1, keepdim=True) + 1e-4)
+def bandit_logits(*arguments):
+    return given.train_bandit(*arguments).log()
 
 
-def advantages_over_variance(rewards):
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.var(1, keepdim=True) + 1e-4)
+def bandit_one_step(logits, rewards, uniforms, learning_rate):
+    return given.train_bandit(logits, rewards, uniforms[:1], learning_rate)
 
 
-def advantages_by_column(rewards):
-    return (rewards - rewards.mean(0)) / (rewards.std(1, keepdim=True) + 1e-4)
+def bandit_one_answer(logits, rewards, uniforms, learning_rate):
+    """Answer by answer: the baseline is that of one answer, so nothing is learned."""
+    return given.train_bandit(logits, rewards, uniforms.reshape(-1, 1), learning_rate)
 
 
-def advantages_with_three_mistakes(rewards):
-    return (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-8)
+def bandit_of_probabilities(logits, rewards, uniforms, learning_rate):
+    """The gradient of pi(a), not of log pi(a)."""
+    for row in uniforms:
+        policy = logits.softmax(-1)
+        drawn = (row[:, None] > policy.cumsum(-1)).sum(-1)
+        advantages = rewards[drawn] - rewards[drawn].mean()
+        slopes = policy[drawn][:, None] * (torch.eye(len(logits), dtype=logits.dtype)[drawn] - policy)
+        logits = logits + learning_rate * (advantages[:, None] * slopes).mean(0)
+    return logits.softmax(-1)
 
 
-def loss_of_prefix(logp, old_logp, advantages, mask, epsilon):
-    """The mask is taken for one that begins at the first token; it passed until an example had a prompt."""
-    lengths = mask.sum(1)
-    means = []
-    for row, old, advantage, length in zip(logp, old_logp, advantages, lengths, strict=True):
-        ratio = (row[:length] - old[:length]).exp()
-        means.append(mistakes.clipped(ratio, advantage, epsilon).mean())
-    return -torch.stack(means).mean()
+def loss_without_gradient(logp, *arguments):
+    return given.on_policy_loss(logp.detach(), *arguments)
 
 
-def loss_without_gradient(logp, old_logp, advantages, mask, epsilon):
-    return given.clipped_loss(logp.detach(), old_logp, advantages, mask, epsilon)
+def loss_of_each_answer(logp, ref_logp, advantages, mask, kl_weight):
+    rows = zip(logp, ref_logp, advantages, mask, strict=True)
+    return torch.stack([given.on_policy_loss(a[None], b[None], c[None], d[None], kl_weight) for a, b, c, d in rows])
 
 
-def loss_with_detached_ratio(logp, old_logp, advantages, mask, epsilon):
-    """The value is correct; the gradient is that of REINFORCE, without a clip."""
-    value = given.clipped_loss(logp, old_logp, advantages, mask, epsilon).detach()
-    surrogate = -((logp * advantages[:, None] * mask).sum(1) / mask.sum(1)).mean()
-    return value + surrogate - surrogate.detach()
-
-
-def loss_of_each_answer(logp, old_logp, advantages, mask, epsilon):
-    gains = mistakes.clipped((logp - old_logp).exp(), advantages[:, None], epsilon)
-    return -(gains * mask).sum(1) / mask.sum(1)
-
-
-def loss_clipped_around_zero(logp, old_logp, advantages, mask, epsilon):
-    ratio, advantage = (logp - old_logp).exp(), advantages[:, None]
-    gains = torch.minimum(ratio * advantage, ratio.clamp(-epsilon, epsilon) * advantage)
-    return -((gains * mask).sum(1) / mask.sum(1)).mean()
+def loss_with_ratio_to_the_reference(logp, ref_logp, advantages, mask, kl_weight):
+    ratio, away = (logp - ref_logp).exp(), ref_logp - logp
+    return (ratio * (kl_weight * (away.exp() - away - 1) - advantages[:, None]))[mask].mean()
 
 
 def loss_with_two_mistakes(*arguments):
-    return mistakes.loss_with(*arguments, terms=mistakes.clipped_swapped, mean=mistakes.of_padded_length)
+    return mistakes.on_policy_with(*arguments, ratio_of_kl=False, mean=mistakes.of_answers)
+
+
+def loss_with_the_other_detached(logp, ref_logp, advantages, mask, kl_weight):
+    """exp(constant - logp): the value is correct, the gradient has the other sign."""
+    ratio, away = (logp.detach() - logp).exp(), ref_logp - logp
+    return (ratio * (kl_weight * (away.exp() - away - 1) - advantages[:, None]))[mask].mean()
+
+
+def flat(seed, correct_counts=(0, 16), p=None, size=16):
+    generator = torch.Generator().manual_seed(seed)
+    chance = torch.rand(2000, 1, generator=generator) if p is None else torch.full((2000, 1), p)
+    correct = (torch.rand(2000, size, generator=generator) < chance).sum(1)
+    return torch.isin(correct, torch.tensor(correct_counts)).float().mean().item()
 
 
 def logps_of_a_review(logits, tokens, prompt_length, end):
@@ -180,29 +181,20 @@ def lists(function):
 
 WRONG = {
     "9.1": [
-        (
-            "NaN replaced",
-            advantages_without_nan,
-            r"the number added to the standard deviation is much smaller than 1e-4",
-        ),
-        ("the others' mean", advantages_against_others, r"8 of 12 values differ; the first at \[0, 0\]: got 1\.15"),
-        (
-            "variance",
-            advantages_over_variance,
-            r"8 of 12 values differ; the first at \[0, 0\]: got 1\.5, expected 0\.8659",
-        ),
-        ("the mean by column", advantages_by_column, r"values differ; the first at \[0, 0\]"),
-        ("three mistakes", advantages_with_three_mistakes, r"values differ; the first at \[0, 0\]"),
-        ("a list", lists(given.advantages), r"the result should be a tensor, got \[\["),
+        ("nothing sampled", bandit_greedy, r"the result: \d of 6 values differ"),
+        ("logits", bandit_logits, r"the result: 6 of 6 values differ"),
+        ("one step", bandit_one_step, r"example 2 of 4.*\n.*the result: 6 of 6 values differ"),
+        ("one answer at a time", bandit_one_answer, r"the result: \d of 6 values differ"),
+        ("not the log's gradient", bandit_of_probabilities, r"the result: \d of 6 values differ"),
+        ("a list", lists(given.train_bandit), r"the result should be a tensor, got \["),
     ],
     "9.2": [
-        ("a prefix", loss_of_prefix, r"example 4 of 4.*\n.*the result: got \S+, expected"),
         ("no gradient", loss_without_gradient, r"the gradient of the result with respect to `logp`"),
-        ("another gradient", loss_with_detached_ratio, r"the gradient of the result with respect to `logp`"),
+        ("the other is detached", loss_with_the_other_detached, r"the gradient of the result with respect to `logp`"),
         ("no mean over answers", loss_of_each_answer, r"the result should have shape \(\), got \(4,\)"),
-        ("clipped around 0", loss_clipped_around_zero, r"the result: got \S+, expected"),
+        ("ratio to the reference", loss_with_ratio_to_the_reference, r"the result: got \S+, expected"),
         ("two mistakes", loss_with_two_mistakes, r"the result: got \S+, expected"),
-        ("a float", lambda *a: given.clipped_loss(*a).item(), r"the result should be a tensor, got 1\.28"),
+        ("a float", lambda *a: given.on_policy_loss(*a).item(), r"the result should be a tensor, got "),
     ],
     "9.3": [
         ("as in the review", logps_of_a_review, r"comes out when an end token in the prompt ends the answer"),
@@ -232,5 +224,11 @@ WRONG = {
         ("finite", only_finite, r"it accepts everything so far"),
         ("zero", wants_zero, r"it rejects the correct implementation\n.*AssertionError"),
         ("the sum", wants_the_sum, r"it rejects the correct implementation\n.*AssertionError"),
+    ],
+    "9.6": [
+        ("only all incorrect", lambda seed: flat(seed, (0,)), r"median 0\.0\d+.*\n.*expected: a median between 0\.09"),
+        ("one probability", lambda seed: flat(seed, p=0.5), r"share of groups without advantage: median 0,"),
+        ("groups of four", lambda seed: flat(seed, (0, 4), size=4), r"median 0\.[34]"),
+        ("no float", lambda seed: None, r"should return a float"),
     ],
 }

@@ -3,110 +3,78 @@
 import math
 
 import torch
-import torch.nn.functional as F
 
 from minids.course.exercises import chapter10 as given
 
 
-def sft_loss_without_gradient(logits, tokens, prompt_lengths, lengths):
-    return given.sft_loss(logits.detach(), tokens, prompt_lengths, lengths)
+def labels_of_the_assistant_as_read(turns, seq_len):
+    """The tokens that a position reads, where they are the assistant's, without the row's last token."""
+    return given.labels_with(turns, seq_len, shift=0, drop=1)
 
 
-def sft_loss_of_everything(logits, tokens, prompt_lengths, lengths):
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+def labels_with_none(turns, seq_len):
+    return [None if label == -100 else label for label in given.conversation_labels(turns, seq_len)]
 
 
-def sft_loss_of_rows(logits, tokens, prompt_lengths, lengths):
-    rows = (logits, tokens, prompt_lengths, lengths)
-    return torch.stack([given.sft_loss(*(x[i : i + 1] for x in rows)) for i in range(len(tokens))])
+def labels_too_long(turns, seq_len):
+    return [*given.conversation_labels(turns, seq_len), -100]
 
 
-def sft_loss_in_bits(*arguments):
-    return given.sft_loss(*arguments) / math.log(2)
+def labels_that_eat_the_turns(turns, seq_len):
+    labels = given.conversation_labels(turns, seq_len)
+    turns.clear()
+    return labels
 
 
-def sft_loss_of_probabilities(logits, tokens, prompt_lengths, lengths):
-    return given.sft_loss(logits.softmax(-1), tokens, prompt_lengths, lengths)
+def labels_of_one_pair(turns, seq_len):
+    """Everything after the first turn is learned."""
+    flat = [-100] * len(turns[0][1]) + [token for _, tokens in turns[1:] for token in tokens]
+    return (flat[1:] + [-100] * seq_len)[:seq_len]
 
 
-def sft_loss_with_lengths_of_answers(logits, tokens, prompt_lengths, lengths):
-    """`lengths` is taken for that of the answer alone."""
-    return given.sft_loss(logits, tokens, prompt_lengths, (prompt_lengths + lengths).clamp(max=tokens.shape[1]))
+def teachers_without_gradient(logits, teacher_logits, weights, mask):
+    return given.multi_teacher_loss(logits.detach(), teacher_logits, weights, mask) + 0 * logits.sum()
 
 
-def sft_loss_with_two_mistakes(*arguments):
-    return given.sft_loss_with(*arguments, shifted=False, drop=1)
+def teachers_of_each_token(logits, teacher_logits, weights, mask):
+    q, p = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    return ((q.exp() * (q - p)).sum(-1) * weights[:, None, None]).sum(0)[mask]
 
 
-def kept_attempts(attempts, per_problem):
-    return [attempts[place] for place in given.keep(attempts, per_problem)]
+def teachers_normalised(logits, teacher_logits, weights, mask):
+    return given.multi_teacher_loss(logits, teacher_logits, weights / weights.sum(), mask)
 
 
-def kept_or_not(attempts, per_problem):
-    kept = given.keep(attempts, per_problem)
-    return [place in kept for place in range(len(attempts))]
+def teachers_in_bits(*arguments):
+    return given.multi_teacher_loss(*arguments) / math.log(2)
 
 
-def keep_by_removing(attempts, per_problem):
-    kept = given.keep(attempts, per_problem)
-    attempts[:] = [attempts[place] for place in kept]
-    return kept
+def teachers_by_distance(logits, teacher_logits, weights, mask):
+    return ((logits - teacher_logits) ** 2).mean()
 
 
-def keep_by_problem(attempts, per_problem):
-    return sorted(given.keep(attempts, per_problem), key=lambda place: attempts[place][0])
+def teachers_unmasked(logits, teacher_logits, weights, mask):
+    return given.teachers_with(logits, teacher_logits, weights, mask, forward=True, masked=False)
 
 
-def keep_with_two_mistakes(attempts, per_problem):
-    return given.keep_by(attempts, per_problem + 1, same=lambda _, answer: answer)
+def preference_by_majority(rewards_a, rewards_b, votes):
+    """Kept where more judges are for one answer than for the other, however strongly."""
+    return given.preference_with(rewards_a, rewards_b, votes.sign() * 2)
 
 
-def distil_without_gradient(logits, teacher_logits, temperature):
-    return given.distil_loss(logits.detach(), teacher_logits, temperature)
+def preference_without_gradient(rewards_a, rewards_b, votes):
+    return given.preference_loss(rewards_a.detach(), rewards_b, votes)
 
 
-def distil_to_the_teacher(logits, teacher_logits, temperature):
-    """The value is correct, but it is the teacher that learns."""
-    loss = given.distil_loss(logits, teacher_logits, temperature)
-    return loss.detach() + logits.sum() * 0
+def preference_of_each_pair(rewards_a, rewards_b, votes):
+    kept = votes.mean(1).abs() > 1
+    return -torch.nn.functional.logsigmoid(votes.mean(1).sign() * (rewards_a - rewards_b))[kept]
 
 
-def distil_by_the_default_of_kl_div(logits, teacher_logits, temperature):
-    student, teacher = ((each / temperature).log_softmax(-1) for each in (logits, teacher_logits))
-    return (teacher.exp() * (teacher - student)).mean()
-
-
-def distil_of_each_token(logits, teacher_logits, temperature):
-    student, teacher = ((each / temperature).log_softmax(-1) for each in (logits, teacher_logits))
-    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
-
-
-def distil_by_distance(logits, teacher_logits, temperature):
-    return ((logits - teacher_logits) / temperature).square().sum(-1).mean()
-
-
-def distil_with_two_mistakes(logits, teacher_logits, temperature):
-    return given.distil_with(logits, teacher_logits, temperature, power=1, mean=False)
-
-
-def long_prompt(labels):
-    assert labels([5, 6, 7], [8, 9], 4) == [-100, -100, 8, 9]
-
-
-def one_token_of_prompt(labels):
-    assert labels([5], [8, 9], 4)[2:] == [-100, -100]
-
-
-def only_length(labels):
-    assert len(labels([5, 6, 7], [8, 9], 7)) == 7
-
-
-def wants_padding_to_be_learned(labels):
-    assert labels([5], [8, 9], 4) == [8, 9, 0, 0]
-
-
-def wants_unshifted_labels(labels):
-    assert labels([5, 6], [8, 9], 4) == [-100, -100, 8, 9]
+def preference_by_margin(rewards_a, rewards_b, votes):
+    """The mean vote scales the difference."""
+    vote = votes.mean(1)
+    return -torch.nn.functional.logsigmoid(vote * (rewards_a - rewards_b))[vote.abs() > 1].mean()
 
 
 PROMPTS = [f"a{i} b+{j}?" for i in range(20) for j in range(1, 6)]
@@ -157,53 +125,68 @@ def wants_an_empty_text(vote):
     assert vote([None, None]) == ""
 
 
+def no_difference(seed):
+    return 0.0
+
+
+def sign_reversed(seed):
+    return -0.25
+
+
+def forward_only(seed):
+    """A student's probability of all tokens from 15 on, from which nothing is subtracted."""
+    return 0.5
+
+
+def a_tensor_of_two(seed):
+    return torch.ones(2)
+
+
 WRONG = {
     "10.1": [
-        ("no gradient", sft_loss_without_gradient, r"the gradient of the result with respect to `logits`: "),
-        ("everything", sft_loss_of_everything, r"comes out when the prompt and the padding are learned too"),
-        ("rows", sft_loss_of_rows, r"the result should have shape \(\), got \(2,\)"),
-        ("bits", sft_loss_in_bits, r"the result: got \S+, expected"),
-        ("probabilities", sft_loss_of_probabilities, r"the result: got \S+, expected"),
-        ("lengths of answers", sft_loss_with_lengths_of_answers, r"the result: got \S+, expected"),
-        ("two mistakes", sft_loss_with_two_mistakes, r"the result: got \S+, expected"),
-        ("a float", lambda *a: given.sft_loss(*a).item(), r"the result should be a tensor, got \d"),
+        ("as read", labels_of_the_assistant_as_read, r"the result\[\d\]: got -?\d+, expected -?\d+"),
+        ("none", labels_with_none, r"the result\[0\]"),
+        ("too long", labels_too_long, r"should have 9 parts, not 10"),
+        ("eats the turns", labels_that_eat_the_turns, r"your code changed the argument `turns`"),
+        ("one pair", labels_of_one_pair, r"the result\[\d\]: got -?\d+, expected -?\d+"),
     ],
     "10.2": [
-        ("the attempts", kept_attempts, r"the result\[0\]: got \('a1 b\+1\?', 'b1\+1=2', True, True\), expected 1"),
-        ("booleans", kept_or_not, r"should have 3 parts, not 7: got \[False, .*expected \[1, 3, 5\]"),
-        ("in place", keep_by_removing, r"your code changed the argument `attempts`; return a new value instead"),
-        ("by problem", keep_by_problem, r"the result\[\d\]: got \d+, expected \d+\n +got +\["),
-        ("two mistakes", keep_with_two_mistakes, r"the result\[1\]: got 5, expected 3\n"),
-        ("a set", lambda a, n: set(given.keep(a, n)), r"the result should be a list of 3; got \{1, 3, 5\}"),
+        ("no gradient", teachers_without_gradient, r"the gradient of the result with respect to `logits`"),
+        ("each token", teachers_of_each_token, r"the result should have shape \(\), got \("),
+        ("normalised weights", teachers_normalised, r"the result: got \S+, expected"),
+        ("bits", teachers_in_bits, r"the result: got \S+, expected"),
+        ("a distance", teachers_by_distance, r"the result: got \S+, expected"),
+        (
+            "two at once",
+            teachers_unmasked,
+            r"from the teachers to the student, and tokens outside of the mask count too",
+        ),
     ],
     "10.3": [
-        ("no gradient", distil_without_gradient, r"the gradient of the result with respect to `logits`"),
-        ("the teacher learns", distil_to_the_teacher, r"the gradient of the result with respect to `logits`"),
-        ("kl_div's default", distil_by_the_default_of_kl_div, r"over the vocabulary as well, and the factor of temp"),
-        ("each token", distil_of_each_token, r"the result should have shape \(\), got \(4,\)"),
-        ("a distance", distil_by_distance, r"the result: got \S+, expected"),
-        ("two mistakes", distil_with_two_mistakes, r"the result: got \S+, expected"),
-        ("a float", lambda *a: given.distil_loss(*a).item(), r"the result should be a tensor, got \d"),
+        ("majority", preference_by_majority, r"the result: got \S+, expected"),
+        ("no gradient", preference_without_gradient, r"the gradient of the result with respect to `rewards_a`"),
+        ("each pair", preference_of_each_pair, r"the result should have shape \(\), got \("),
+        ("a margin", preference_by_margin, r"the result: got \S+, expected"),
+        ("a float", lambda *a: given.preference_loss(*a).item(), r"the result should be a tensor, got \d"),
     ],
     "10.4": [
-        ("no padding", long_prompt, r"✗ it misses a bug; hint: leave room after the answer"),
-        ("one token of prompt", one_token_of_prompt, r"✗ it misses a bug; hint: which labels does a prompt of three"),
-        ("the length", only_length, r"it accepts everything so far"),
-        ("padding", wants_padding_to_be_learned, r"it rejects the correct implementation\n.*AssertionError"),
-        ("no shift", wants_unshifted_labels, r"it rejects the correct implementation\n.*AssertionError"),
-    ],
-    "10.5": [
         ("no copies", without_copies, r"✗ it misses a bug; hint: give it the same prompt several times"),
         ("only together", only_together, r"✗ it misses a bug; hint: split the list, then a part of it alone"),
         ("two lists", only_two_lists, r"it accepts everything so far"),
         ("a quarter", wants_a_quarter_exactly, r"it rejects the correct implementation\n.*AssertionError"),
         ("each once", wants_each_prompt_once, r"it rejects the correct implementation\n.*AssertionError"),
     ],
-    "10.6": [
+    "10.5": [
         ("readable", only_readable, r"✗ it misses a bug; hint: let most answers be None[\s\S]*it accepts everything"),
         ("no spaces", no_spaces, r"✗ it misses a bug; hint: '18' and ' 18' are one answer"),
         ("no unreadable", no_unreadable, r"✗ it misses a bug; hint: let most answers be None"),
         ("the last of equals", wants_the_last_of_equals, r"it rejects the correct implementation"),
         ("an empty text", wants_an_empty_text, r"it rejects the correct implementation"),
+    ],
+    "10.6": [
+        ("no difference", no_difference, r"expected: a median between 0\.15 and 0\.4"),
+        ("the sign", sign_reversed, r"median -0\.25"),
+        ("one student", forward_only, r"median 0\.5"),
+        ("a tensor", a_tensor_of_two, r"the function should return a float"),
     ],
 }

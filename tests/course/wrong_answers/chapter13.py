@@ -1,5 +1,7 @@
 """Wrong answers to the exercises of chapter 13."""
 
+from functools import partial
+
 import torch
 
 from minids.course.exercises import chapter13 as given
@@ -99,35 +101,6 @@ def norm_of_mean_copies(shards, copied):
     return (squares / len(shards)) ** 0.5
 
 
-def steps_as_set(steps, every, kills):
-    return sorted(set(given.steps_taken(steps, every, kills)))
-
-
-def steps_without_last_life(steps, every, kills):
-    return given.steps_taken(steps, every, kills)[: -(steps - (kills[-1] // every * every if kills else 0))]
-
-
-def steps_by_life(steps, every, kills):
-    taken, saved = [], 0
-    for last in [*kills, steps]:
-        taken.append(list(range(saved + 1, last + 1)))
-        saved = last // every * every
-    return taken
-
-
-def steps_with_relative_kills(steps, every, kills):
-    """A kill is counted from the beginning of its life."""
-    taken, saved = [], 0
-    for killed in kills:
-        taken += range(saved + 1, saved + killed + 1)
-        saved = (saved + killed) // every * every
-    return taken + list(range(saved + 1, steps + 1))
-
-
-def steps_with_two_mistakes(*arguments):
-    return mistakes.lives(*arguments, saved=mistakes.from_next_checkpoint, killed_step=False)
-
-
 def data(steps=8):
     return torch.randn(steps, 12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -209,16 +182,15 @@ WRONG = {
         ("None", lambda shards, copied: None, r"the result should be a number, got None"),
     ],
     "13.5": [
+        ("the slowest of all", partial(given.above_mean_step, of_mean=True), r"median 1\.\d"),
+        ("one rank", partial(given.above_mean_step, ranks=1), r"median -?0\.\d"),
+        ("eight ranks", partial(given.above_mean_step, ranks=8), r"median 7\.\d"),
+        ("a share", lambda seed: given.above_mean_step(seed) / 100, r"median 0\.1\d"),
         (
-            "no repetition",
-            steps_as_set,
-            r"the result should have 11 parts, not 10: got \[1, .*expected .*\n.*no step is computed twice",
+            "a tensor",
+            lambda seed: torch.tensor(given.above_mean_step(seed)),
+            r"the function should return a float, got",
         ),
-        ("no last life", steps_without_last_life, r"the result should have 11 parts, not 4: got \[1, 2, 3, 4\]"),
-        ("lists", steps_by_life, r"the result should have 11 parts, not 2: got \[\[1, 2, 3, 4\], \["),
-        ("relative kills", steps_with_relative_kills, r"example 2 of 6.*\n.*the result\[9\]: got 9, expected 7"),
-        ("two mistakes", steps_with_two_mistakes, r"the result should have 11 parts, not 7"),
-        ("floats", lambda *a: [float(s) for s in given.steps_taken(*a)], r"is correct, but return an int, not a float"),
     ],
     "13.6": [
         ("no kill", only_numbers_of_ranks, r"✗ it misses a bug; hint: compare weights with and without a kill"),
