@@ -12,7 +12,8 @@ the bases of benchmarks/r1_zero.py, with 256 answers in 16 mini-batches of one g
 All end with 120 held-out problems, 4 answers to each. A seed decides the corpus, the base and everything after it. The
 learning rate 1e-3 was chosen on another task, four epochs after a look at seeds 0 and 2. Ten steps cannot show which
 method is best in the end, only what acts and what breaks. A run is written when it is complete; one that was
-interrupted is run again. Results go to benchmarks/results/off_policy.json.
+interrupted is run again (the seconds of a base count from its last interruption). Results go to
+benchmarks/results/off_policy.json.
 """
 
 import argparse

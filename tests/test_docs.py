@@ -300,9 +300,8 @@ def test_a_picture_of_the_readme_is_the_drawing_of_its_chapter(file, draw):
     drawn = (ROOT / file).read_text(encoding="utf-8")
     assert file in read(README)
     for box in draw().boxes.values():
-        assert all(
-            escape(word) in drawn for text in (box.label, box.shape) for word in re.sub(r"\$.*?\$", "", text).split()
-        )
+        words = [text for text in (box.label, box.shape) if "$" not in text]  # formulas are drawn sign by sign
+        assert all(escape(word) in drawn for text in words for word in text.split())
 
 
 def test_the_readme_reads_well_before_it_has_an_address():
