@@ -10,12 +10,12 @@ def recompute(config: ModelConfig | None = None) -> Diagram:
     c = config or ModelConfig.preset("v3")
     whole, kept = (kept_bytes_per_token(c, as_v3=as_v3) for as_v3 in (False, True))
     before, after = (f"{sum(each.values()) / 1e3:,.0f} kB" for each in (whole, kept))
-    d = Diagram(17.2, 6.4, f"V3 keeps {after} per token and layer in place of {before}, and recomputes the rest")
+    d = Diagram(17.2, 6.4, f"Recomputation and fewer bits leave {after} of {before} per token and layer")
 
     def tensor(name: str, x: float, y: float, width: float = 3.6) -> None:
         cost = f"{whole[name] / 1e3:.0f} kB: recomputed" if not kept[name] else f"{whole[name] / 1e3:.0f} kB"
         if 0 < kept[name] < whole[name]:
-            cost += f", kept in {kept[name] / 1e3:.0f}"
+            cost += f"; in {16 * kept[name] / whole[name]:.0f} bits: {kept[name] / 1e3:.0f}"
         d.box(name, x, y, name, cost, "cache" if kept[name] else "idle", width, 0.95)
 
     d.frame(0.2, 4.0, 17.0, 6.2, "attention (MLA)")
@@ -40,6 +40,8 @@ def recompute(config: ModelConfig | None = None) -> Diagram:
     d.path([(14.7, 4.42), (14.7, 3.75), (4.4, 3.75), (4.4, 2.38)])
     d.note(4.6, 3.05, "+ residual stream, RMSNorm")
     d.note(
-        0.3, 0.35, "thick: kept; dashed: not kept. Residual stream: of both halves; norms: also those of the latents"
+        0.3,
+        0.35,
+        "sizes in BF16. Thick: kept; dashed: not kept. Residual stream: of both halves; norms: also of the latents",
     )
     return d
