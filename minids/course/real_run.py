@@ -187,6 +187,7 @@ def draw_run(seen: Watched, launch: Launch) -> Figure:
         below.barh(life.rank, life.last - life.first, 0.7, life.first, **look)
     below.set(xlabel="time since the start (s)", ylabel="rank", yticks=range(launch.processes), xlim=(0, seen.seconds))
     below.invert_yaxis()
+    below.set_title("a bar: a process, from its start to its end", fontsize=9)
     title = f"{launch.processes} processes, {launch.device}, {launch.backend}: {STEPS} steps"
     if seen.killed is not None:
         when, rank, _ = seen.killed
