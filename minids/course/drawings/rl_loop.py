@@ -39,22 +39,29 @@ def rl_loop(rewards: tuple[float, ...] = (0, 1, 0, 0)) -> Diagram:
 
 
 def ppo_and_grpo(config: ModelConfig | None = None) -> Diagram:
-    """Draw PPO and GRPO side by side (DeepSeekMath, figure 4); a critic has the policy's size."""
+    """Draw PPO and GRPO side by side (DeepSeekMath, figure 4); a critic has the policy's size.
+
+    The critic reads the question: a baseline must not depend on the answer that it judges.
+    """
     size = cost.num_parameters(config or ModelConfig.preset("v3"))
     d = Diagram(17.2, 8.4, "GRPO drops PPO's critic: the baseline is the mean of the group")
     for left, name in ((0.2, "PPO"), (8.8, "GRPO")):
         d.frame(left, 0.2, left + 8.2, 8.1, name)
-    d.box("ppo policy", 4.3, 1.0, "policy", "trained", "weight", 2.6, 0.9)
-    d.box("ppo answer", 4.3, 2.9, "one answer", "", "tensor", 2.6, 0.7)
+    d.box("ppo policy", 2.3, 1.0, "policy", "trained", "weight", 2.6, 0.9)
+    d.box("ppo question", 6.2, 1.0, "question", "", "tensor", 2.4, 0.7)
+    d.box("ppo answer", 2.3, 2.9, "one answer", "", "tensor", 2.6, 0.7)
     d.box("ppo reward", 2.3, 4.9, "reward", "", "operation", 2.4, 0.9)
     d.box("critic", 6.2, 4.9, "critic", f"trained, {size / 1e9:.0f}B", "cache", 3.2, 0.9)
     d.box("ppo A", 4.3, 7.1, "advantage", "reward − critic's value", "tensor", 4.8, 0.9)
     d.arrow("ppo policy", "ppo answer")
-    d.arrow("ppo answer", "ppo reward", bend=3.8)
-    d.arrow("ppo answer", "critic", bend=3.8)
+    d.arrow("ppo answer", "ppo reward")
+    d.path([(5.0, 1.0), (3.6, 1.0)])
+    d.arrow("ppo question", "critic")
     d.arrow("ppo reward", "ppo A", "r", at=2.3)
     d.arrow("critic", "ppo A", "predicted reward", at=6.2)
-    d.box("policy", 12.9, 1.0, "policy", "trained", "weight", 2.6, 0.9)
+    d.box("policy", 11.3, 1.0, "policy", "trained", "weight", 2.6, 0.9)
+    d.box("question", 15.2, 1.0, "question", "", "tensor", 2.4, 0.7)
+    d.path([(14.0, 1.0), (12.6, 1.0)])
     places = [10.3, 11.9, 13.9, 15.5]
     for x, number in zip(places, ("1", "2", "3", "G"), strict=True):
         d.box(f"o{number}", x, 2.9, f"answer {number}", "", "tensor", 1.5, 0.7)
