@@ -1,18 +1,19 @@
 """When does reinforcement learning lengthen a search? The runs on the task "signs" that chapter 09 reads.
 
-    python benchmarks/search.py                            everything: about 30 minutes of one core
+    python benchmarks/search.py                            everything: about 40 minutes of one core
     python benchmarks/search.py --only "search, seed 4"    one run; Ctrl-C stops it, the same command goes on
 
 A seed decides the pre-training corpus, the base model and the reinforcement learning. The corpus was made while
 looking at seeds 0 and 1; seeds 4, 5 and 6 are fresh. Each base is trained once, and kept in runs/search with the
-runs. Controls: the reward of the format alone; bases whose corpus answers at random after a failed search, so that
-answers do not follow from thoughts; the base at other temperatures; as many tokens spent on independent answers of
-the base. Evaluated on the same 120 held-out problems every 10 steps, 8 answers to each, 16 at both ends; intervals
-are 95 %, by the spread between problems. Results go to benchmarks/results/search.json.
+runs. Controls: the reward of the format alone; bases whose corpus answers at random after a failed search, or after
+every thought, so that answers do not follow from thoughts; the base at other temperatures; as many tokens spent on
+independent answers of the base. Evaluated on the same 120 held-out problems every 10 steps, 8 answers to each, 16 at
+both ends; intervals are 95 %, by the spread between problems. Results go to benchmarks/results/search.json.
 """
 
 import argparse
 import json
+import random
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +28,10 @@ from minids.model.transformer import MiniDS
 from minids.reasoning.budget import consensus
 from minids.reasoning.habits import by_way, habits, mean_habits
 from minids.reasoning.r1_zero import BASE_RECIPE, base_trainer, load_base, rule_reward
-from minids.reasoning.rewards import R1_ZERO_WEIGHTS
+from minids.reasoning.rewards import R1_ZERO_WEIGHTS, read_response
 from minids.reasoning.rollout import Sample, answer, mean_with_interval, pass_at_k
-from minids.reasoning.tasks.signs import HabitMix, SignsTask
+from minids.reasoning.tasks import CorpusStyle, Problem, SignsTask, template
+from minids.reasoning.tasks.signs import SIGNS, HabitMix, candidate, read_problem
 from minids.reasoning.trainer import RLRecipe, RLTrainer
 from minids.training.metrics import Metrics
 from minids.training.run import read_metrics
@@ -38,8 +40,22 @@ TASK = SignsTask()
 PROBLEMS = 120
 RECIPE = RLRecipe(steps=50, max_new_tokens=192, evaluate_every=10, evaluation_problems=PROBLEMS, checkpoint_every=10)
 BASE = replace(BASE_RECIPE, steps=900, evaluate_every=900, checkpoint_every=100)
-CORPORA = {"follows": HabitMix(), "guesses": HabitMix(guess_after_failure=1.0)}
+CORPORA = {
+    "follows": HabitMix(),
+    "guesses": HabitMix(guess_after_failure=1.0),
+    "unrelated": HabitMix(answer_follows=False),
+}
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0)
+PERFECT = HabitMix(
+    guess=0, unchecked=0, one_check=0, patience=1, wrong_step=0, false_yes=0, overlooked=0, homework=0,
+    systematic=0, forgetful=0,
+)  # fmt: skip
+YARDSTICKS = {
+    "draws, forgets": replace(PERFECT, forgetful=1),
+    "draws, remembers": PERFECT,
+    "in order": replace(PERFECT, systematic=1),
+}
+"""Searches without mistakes and without a token limit."""
 RESULTS = Path(__file__).parent / "results" / "search.json"
 RUNS_FOLDER = Path(__file__).parents[1] / "runs" / "search"
 
@@ -66,6 +82,7 @@ RUNS: dict[str, Run] = (
     {f"search, seed {seed}": Run(seed) for seed in (4, 5, 6)}
     | {f"format only, seed {seed}": Run(seed, accuracy=0.0) for seed in (4, 5, 6)}
     | {f"answers do not follow, seed {seed}": Run(seed, "guesses") for seed in (4, 5)}
+    | {f"answers never follow, seed {seed}": Run(seed, "unrelated") for seed in (4, 5)}
 )
 
 
@@ -162,6 +179,23 @@ def carry_out(name: str) -> dict[str, Any]:
     }
 
 
+def yardsticks() -> dict[str, Any]:
+    """The figures of the three searches of `YARDSTICKS` on the held-out problems, 8 answers to each, by a program."""
+    return {
+        name: judged([written(problem, mix) for problem in TASK.held_out(PROBLEMS)]) for name, mix in YARDSTICKS.items()
+    }
+
+
+def written(problem: Problem, mix: HabitMix) -> list[Sample]:
+    """Answers to one problem as the corpus would have them."""
+    task, rng = SignsTask(mix), random.Random(problem.prompt)
+    chain = candidate(read_problem(problem.prompt)[0], "".join(sign for sign in problem.answer if sign in SIGNS))
+    texts = [template(*task.solve(rng, chain, CorpusStyle())) + "<eos>" for _ in range(8)]
+    responses = [read_response(TASK.tokenizer.encode(text, allow_special=True), TASK.tokenizer) for text in texts]
+    scores = rule_reward("signs")([problem] * 8, responses)
+    return [Sample(problem, [], response, [], score) for response, score in zip(responses, scores, strict=True)]
+
+
 def base_controls(name: str, budget: float) -> dict[str, Any]:
     """The base at other temperatures, and with `budget` tokens a problem spent on independent answers."""
     model, _ = base(name)
@@ -197,7 +231,7 @@ def main() -> None:
         corpora = {kind: asdict(mix) for kind, mix in CORPORA.items()}
         record(
             RESULTS, command="python benchmarks/search.py", base_recipe=asdict(BASE), corpora=corpora,
-            held_out_problems=PROBLEMS, runs=kept,
+            held_out_problems=PROBLEMS, yardsticks=yardsticks(), runs=kept,
         )  # fmt: skip
 
 

@@ -181,7 +181,7 @@ def test_only_forgetful_documents_repeat_a_failed_candidate():
     assert repeats[0] == 0 and repeats[1] > 0.2
 
 
-def test_one_field_separates_the_answer_from_a_failed_thought():
+def test_one_field_separates_the_answers_from_their_thoughts():
     def follows(mix):
         """The fraction of answers that are the last attempt, after a failure and after a success."""
         same = {"no": [], "yes": []}
@@ -196,6 +196,8 @@ def test_one_field_separates_the_answer_from_a_failed_thought():
     assert follows(HabitMix(homework=0, guess=0)) == {"no": 1, "yes": 1}
     guessing = follows(HabitMix(homework=0, guess=0, guess_after_failure=1))
     assert guessing["yes"] == 1 and guessing["no"] < 0.35
+    unrelated = follows(HabitMix(homework=0, guess=0, answer_follows=False))
+    assert unrelated["yes"] < 0.35 and unrelated["no"] < 0.35
 
 
 @pytest.mark.parametrize("wrong", [dict(lucky=1.2), dict(patience=-0.1), dict(guess=0.9, one_check=0.2)])

@@ -56,8 +56,9 @@ class HabitMix:
     forgetful: float = 0.30
     """Fraction of searches that may draw a candidate that has failed before."""
     guess_after_failure: float = 0.0
-    """Probability that, after a last failure, the answer has signs drawn at random. At 1 most of the answers with a
-    checked thought do not follow from it."""
+    """Probability that, after a last failure, the answer has signs drawn at random."""
+    answer_follows: bool = True
+    """Whether the answer follows from the thought; if not, every answer after a thought has signs drawn at random."""
     wrong_step: float = 0.02
     """Probability per step that the written result is off by 1 or 2."""
     false_yes: float = 0.01
@@ -141,23 +142,32 @@ class SignsTask(Task):
             if rng.random() < mix.lucky:
                 signs = "".join(sign for sign, _ in chain.instructions)
             return "", expression(numbers, signs)
+        thought, signs = self._think(rng, numbers, target, habit, signs)
+        if not mix.answer_follows:
+            signs = rng.choice(candidates(count))
+        return thought, expression(numbers, signs)
+
+    def _think(
+        self, rng: random.Random, numbers: Sequence[int], target: int, habit: str, signs: str
+    ) -> tuple[str, str]:
+        """Write a thought that begins with a candidate; return it and the signs it leads to."""
+        mix, count = self.mix, len(signs)
         systematic, forgetful = rng.random() < mix.systematic, rng.random() < mix.forgetful
         thought, failed = "", []
         while True:
             text, tried, result = self._calculate(rng, numbers, signs)
             thought += text
             if habit == "unchecked":
-                return thought, expression(numbers, signs)
+                return thought, signs
             verdict = self._compare(rng, result, target)
             thought += verdict
             if verdict.endswith(YES):
-                return thought, expression(numbers, signs)
+                return thought, signs
             failed.append(tried)
             left = [other for other in candidates(count) if forgetful or not other.startswith(tuple(failed))]
             if habit == "one check" or not left or rng.random() >= mix.patience:
-                if rng.random() < mix.guess_after_failure:
-                    signs = rng.choice(candidates(count))
-                return thought, expression(numbers, signs)
+                guess = rng.random() < mix.guess_after_failure
+                return thought, rng.choice(candidates(count)) if guess else signs
             signs = next_in_order(tried, count) if systematic else rng.choice(left)
 
     def _calculate(self, rng: random.Random, numbers: Sequence[int], signs: str) -> tuple[str, str, int | None]:
