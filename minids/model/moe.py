@@ -48,7 +48,10 @@ AFFINITIES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Router(nn.Module):
-    """Choose k experts per token and compute their gate weights (V3 eq. 12-16; V2 section 2.2; FACTS.md section 3)."""
+    """Choose k experts per token and compute their gate weights (V3 eq. 12-16; V2 section 2.2; FACTS.md section 3).
+
+    Experts can also be given, such as those of sampling (V3.2's kept routing); then only the weights are computed.
+    """
 
     bias: nn.Parameter | None
     """A parameter although it has no gradient: V3's published parameter count and checkpoints include it."""
@@ -68,19 +71,14 @@ class Router(nn.Module):
             self.bias.data = bias.to(self.bias.device, torch.float32)
         return self
 
-    def forward(self, x: Float[Tensor, "batch seq dim"]) -> Routing:
+    def forward(self, x: Float[Tensor, "batch seq dim"], experts: Int[Tensor, "batch seq k"] | None = None) -> Routing:
         scores = self.scores(x)  # [batch, seq, experts]
-        experts = self.choose(scores.detach())  # [batch, seq, k]
+        if experts is None:  # not given
+            experts = self.choose(scores.detach())  # [batch, seq, k]
         weights = scores.gather(-1, experts)  # [batch, seq, k]; without the bias
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts, weights * self.config.routed_scaling_factor, scores)
-
-    def keep(self, routing: Routing, experts: Int[Tensor, "batch seq k"]) -> Routing:
-        """Route to given experts, with the gate weights of their affinities (V3.2's kept routing)."""
-        weights = routing.scores.gather(-1, experts)
-        total = weights.sum(-1, keepdim=True) + 1e-20 if self.config.norm_topk_prob else 1.0
-        return Routing(experts, weights / total * self.config.routed_scaling_factor, routing.scores)
 
     def scores(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq experts"]:
         """Compute the affinity of each token to each expert, in float32 or float64, also under autocast."""
@@ -271,9 +269,7 @@ class MoE(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch seq dim"], experts: Int[Tensor, "batch seq k"] | None = None
     ) -> tuple[Float[Tensor, "batch seq dim"], Routing]:
-        routing = self.router(x)
-        if experts is not None:
-            routing = self.router.keep(routing, experts)
+        routing = self.router(x, experts)
         out = self.experts(x, routing)  # [batch, seq, dim]
         return (out if self.shared is None else out + self.shared(x)), routing
 

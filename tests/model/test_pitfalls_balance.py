@@ -72,8 +72,8 @@ def check_13_bias_moves_once_per_step_whatever_the_micro_batches():
 def plant_update_in_every_forward_pass(mp):
     forward = Router.forward
 
-    def counting(self, x):
-        routing = forward(self, x)
+    def counting(self, x, experts=None):
+        routing = forward(self, x, experts)
         moe.update_balance_bias(self.bias, routing.tokens_per_expert, 0.001)
         return routing
 
@@ -83,8 +83,8 @@ def plant_update_in_every_forward_pass(mp):
 def plant_update_in_training_passes_only(mp):
     forward = Router.forward
 
-    def counting(self, x):
-        routing = forward(self, x)
+    def counting(self, x, experts=None):
+        routing = forward(self, x, experts)
         if self.training and torch.is_grad_enabled():
             moe.update_balance_bias(self.bias, routing.tokens_per_expert, 0.001)
         return routing

@@ -34,7 +34,7 @@ def check_10_bias_selects_and_weights_are_unbiased():
 def plant_router(mp, weigh, scores_of=lambda self, x: self.scores(x)):
     """`weigh(self, scores, experts)` makes the weights of the chosen."""
 
-    def forward(self, x):
+    def forward(self, x, experts=None):
         scores = scores_of(self, x)
         experts = self.choose(scores.detach())
         return moe.Routing(experts, weigh(self, scores, experts), scores)
