@@ -96,7 +96,7 @@ def test_an_answer_needs_these_numbers_in_order_and_the_target(answer, reason):
 
 def test_training_problems_and_documents_hold_no_held_out_problem():
     held_out = {problem.prompt for problem in TASK.held_out(282)}
-    assert len(held_out) == 282 and all(map(signs.is_held_out, held_out))
+    assert len(held_out) == 282 and all(map(TASK.is_held_out, held_out))
     assert not held_out & {problem.prompt for problem in TASK.draw(random.Random(1), 600)}
     texts = documents(HabitMix(), 1500)
     assert not held_out & {text.split("?")[0] + "?" for text in texts}
@@ -107,7 +107,7 @@ def test_training_problems_and_documents_hold_no_held_out_problem():
             for attempt in attempts(text.split("?")[1]):
                 if attempt.verdict == "yes":
                     solved.add(f"{' '.join(map(str, attempt.numbers))}={target}?")
-    assert len(solved) > 200 and not any(map(signs.is_held_out, solved))
+    assert len(solved) > 200 and not any(map(TASK.is_held_out, solved))
 
 
 def test_held_out_problems_are_balanced_and_always_the_same():

@@ -6,7 +6,6 @@ not, and reinforcement learning has something to select. No document contains a 
 
 import random
 import re
-import zlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -89,7 +88,7 @@ class ProgramTask(Task):
         while True:
             text = super().document(rng, style)
             program = PROGRAM.search(text)
-            if program is None or zlib.crc32(program[0].encode()) % 10:  # the split of `Task.chain`
+            if program is None or not self.is_held_out(program[0]):
                 return text
 
     @staticmethod

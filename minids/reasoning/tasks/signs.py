@@ -11,7 +11,6 @@ import functools
 import itertools
 import random
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -85,22 +84,28 @@ class SignsTask(Task):
 
     name = "signs"
     difficulties, document_difficulties = (2, 3), (1, 2, 3)
+    one_held_out_in = 5  # there are few problems with two signs, 728
 
     def __init__(self, mix: HabitMix = HabitMix()) -> None:  # noqa: B008 - frozen
         self.tokenizer, self.mix = SymbolTokenizer(SYMBOLS), mix
 
-    def chain(self, rng: random.Random, length: int, *, held_out: bool) -> Chain:
-        """Draw numbers and signs whose values are in range, from one side of the split of `is_held_out`."""
-        while True:
-            chain = Chain(rng.choice(NUMBERS), tuple((rng.choice(SIGNS), rng.choice(NUMBERS)) for _ in range(length)))
-            if all(0 <= value <= LARGEST for value in chain.values) and is_held_out(self.key(chain)) == held_out:
-                return chain
+    def any_chain(self, rng: random.Random, length: int) -> Chain:
+        return Chain(rng.choice(NUMBERS), tuple((rng.choice(SIGNS), rng.choice(NUMBERS)) for _ in range(length)))
+
+    def fits(self, chain: Chain) -> bool:
+        """Require values in range."""
+        return all(0 <= value <= LARGEST for value in chain.values)
 
     def held_out(self, count: int, seed: int = 99) -> list[Problem]:
         """Return distinct held-out problems, as `Task.held_out`. Raises `ValueError` for more than there are."""
-        most = len(self.difficulties) * len(_held_out_prompts(min(self.difficulties)))
+        most = len(self.difficulties) * len(self._held_out_prompts(min(self.difficulties)))
         require(count <= most, "held-out problems", count, f"must be at most {most}, so that difficulties are balanced")
         return super().held_out(count, seed)
+
+    def _held_out_prompts(self, count: int) -> set[str]:
+        """Return all held-out prompts with `count` signs."""
+        every = (candidate(n, s) for n in itertools.product(NUMBERS, repeat=count + 1) for s in candidates(count))
+        return {key for chain in every if self.fits(chain) and self.is_held_out(key := self.key(chain))}
 
     def key(self, chain: Chain) -> str:
         numbers = (chain.start, *(number for _, number in chain.instructions))
@@ -207,28 +212,11 @@ class SignsTask(Task):
                 numbers = [rng.choice(NUMBERS) for _ in range(rng.randint(2, 4))]
                 signs = rng.choice(candidates(len(numbers) - 1))
                 makes = candidate(numbers, signs).values[-1] == target
-                if makes == hit and not is_held_out(write_problem(numbers, target)):
+                if makes == hit and not self.is_held_out(write_problem(numbers, target)):
                     break
             text, _, result = self._calculate(rng, numbers, signs)
             lines.append(text + (NO if result is None else f"{IS}={target}{YES + ' ' if result == target else NO}"))
         return f"={target}?" + "".join(lines)
-
-
-def is_held_out(prompt: str) -> bool:
-    """Return whether a problem is held out: 1/5 of all prompts, by their hash; there are few with two signs, 728."""
-    return zlib.crc32(prompt.encode()) % 5 == 0
-
-
-@functools.cache
-def _held_out_prompts(count: int) -> set[str]:
-    """Return all held-out prompts with `count` signs."""
-    found: set[str] = set()
-    for numbers in itertools.product(NUMBERS, repeat=count + 1):
-        for signs in candidates(count):
-            values = candidate(numbers, signs).values
-            if all(0 <= value <= LARGEST for value in values):
-                found.add(write_problem(numbers, values[-1]))
-    return {prompt for prompt in found if is_held_out(prompt)}
 
 
 def read_problem(prompt: str) -> tuple[tuple[int, ...], int]:

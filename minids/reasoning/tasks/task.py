@@ -61,6 +61,8 @@ class Task(ABC):
     difficulties: tuple[int, ...]
     """Difficulties of the problems for reinforcement learning and evaluation, in equal parts."""
     document_difficulties: tuple[int, ...]
+    one_held_out_in: int = 10
+    """One in this many keys is held out."""
 
     def __init__(self) -> None:
         self.tokenizer = SymbolTokenizer(SYMBOLS)
@@ -86,11 +88,19 @@ class Task(ABC):
         return self.problem(rng, chain).prompt + self.response(rng, chain, style)
 
     def chain(self, rng: random.Random, length: int, *, held_out: bool) -> Chain:
-        """Draw a chain from one side of the split; 1/10 of all keys, by their hash, is held out."""
+        """Draw a chain that fits, from one side of the split."""
         while True:
-            chain = Chain.draw(rng, length)
-            if self.fits(chain) and (zlib.crc32(self.key(chain).encode()) % 10 == 0) == held_out:
+            chain = self.any_chain(rng, length)
+            if self.fits(chain) and self.is_held_out(self.key(chain)) == held_out:
                 return chain
+
+    def any_chain(self, rng: random.Random, length: int) -> Chain:
+        """Draw a chain that need not fit."""
+        return Chain.draw(rng, length)
+
+    def is_held_out(self, key: str) -> bool:
+        """Return whether a key is held out: by its hash, so no seed can move it."""
+        return zlib.crc32(key.encode()) % self.one_held_out_in == 0
 
     def response(self, rng: random.Random, chain: Chain, style: CorpusStyle) -> str:
         """Write a thought and an answer in a random document style."""
