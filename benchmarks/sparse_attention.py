@@ -19,18 +19,17 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
-from torch import Tensor
 
 from minids.config import ModelConfig
+from minids.course.token_choice import by_probability, by_window, caught_mass, choosing, copy_accuracy, passages
 from minids.files import atomic_write_text
 from minids.model.kv_cache import IndexerTraining
-from minids.model.sparse_attention import SparseLatentAttention, choose, set_trained_parameters, visible_slots
+from minids.model.sparse_attention import set_trained_parameters
 from minids.model.transformer import MiniDS
 from minids.training.optimizer import make_optimizers
 
@@ -40,21 +39,11 @@ CONFIG = ModelConfig.preset(
     "nano", vocab_size=VOCAB, num_hidden_layers=2, first_k_dense_replace=2, num_nextn_predict_layers=0,
     qk_rope_head_dim=16, index_topk=2 * HALF, index_n_heads=16, index_head_dim=16,
 )  # fmt: skip
-BATCH = 32
+BATCH, SEQUENCES = 32, 64
 STEPS = {"dense": 250, "warm-up": 100, "sparse": 100}
 LEARNING_RATES = {"dense": 3e-3, "warm-up": 3e-3, "sparse": 3e-4}
 CHOSEN = (4, 8, 16)
 SEEDS = (0, 1, 2)
-
-
-def passages(count: int, generator: torch.Generator) -> Int[Tensor, "count tokens"]:
-    """Random passages, each followed by itself."""
-    passage = torch.randint(VOCAB, (count, HALF), generator=generator)
-    return torch.cat((passage, passage), 1)
-
-
-def attentions(model: MiniDS) -> list[SparseLatentAttention]:
-    return [layer.attention for layer in model.layers if isinstance(layer.attention, SparseLatentAttention)]
 
 
 def train(model: MiniDS, name: str, generator: torch.Generator) -> list[dict[str, float]]:
@@ -66,7 +55,7 @@ def train(model: MiniDS, name: str, generator: torch.Generator) -> list[dict[str
     for step in range(STEPS[name]):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATES[name] * min(1, (step + 1) / 50)
-        tokens = passages(BATCH, generator)
+        tokens = passages(BATCH, HALF, VOCAB, generator)
         indexer = None if name == "dense" else IndexerTraining(stage)
         out = model(tokens[:, :-1], indexer=indexer)
         loss = F.cross_entropy(out.logits[:, HALF:].flatten(0, 1), tokens[:, HALF + 1 :].flatten())
@@ -81,46 +70,8 @@ def train(model: MiniDS, name: str, generator: torch.Generator) -> list[dict[str
 @torch.no_grad()
 def judge(model: MiniDS) -> dict:
     """Accuracy on the second half of fresh sequences, and the attention mass caught there, per layer."""
-    tokens, caught = passages(64, torch.Generator().manual_seed(5)), []
-
-    def measure(attention, inputs):
-        x, context = inputs[:2]
-        query, entries = attention.query_and_entry(x, context)
-        scores = attention.indexer.scores(x, attention.query_latent(x), attention.indexer.key(x, context), context)
-        visible = visible_slots(scores, None)
-        probabilities = attention.probabilities(query, entries, torch.zeros(()).where(visible, -torch.inf)[:, None])
-        chosen = choose(scores, visible, attention.topk)
-        caught.append((probabilities * chosen).sum(-1)[:, HALF:].mean().item())
-
-    hooks = [attention.register_forward_pre_hook(measure) for attention in attentions(model)]
-    correct = model(tokens[:, :-1]).logits[:, HALF:].argmax(-1) == tokens[:, HALF + 1 :]
-    for hook in hooks:
-        hook.remove()
-    return {"accuracy": correct.float().mean().item(), "mass": caught}
-
-
-def by_window(attention: SparseLatentAttention) -> Callable:
-    """Scores that grow with the position."""
-    return lambda x, latent, keys, context: torch.arange(keys.shape[1]).float().expand(*x.shape[:2], -1)
-
-
-def exactly(attention: SparseLatentAttention) -> Callable:
-    """The attention probabilities themselves."""
-
-    def scores(x, latent, keys, context):
-        mask = torch.full((len(x), 1, x.shape[1], x.shape[1]), -torch.inf).triu(1)
-        return attention.probabilities(*attention.query_and_entry(x, context), mask)
-
-    return scores
-
-
-def choosing(model: MiniDS, k: int, scores: Callable[[SparseLatentAttention], Callable] | None = None) -> MiniDS:
-    """The same weights, attending to k tokens, chosen by the indexer or by other `scores`."""
-    chooser = MiniDS(model.config.replace(index_topk=k))
-    chooser.load_state_dict(model.state_dict())
-    for attention in attentions(chooser) if scores else ():
-        attention.indexer.scores = scores(attention)
-    return chooser
+    tokens = passages(SEQUENCES, HALF, VOCAB, torch.Generator().manual_seed(5))
+    return {"accuracy": copy_accuracy(model, HALF, SEQUENCES), "mass": caught_mass(model, tokens[:, :-1], HALF)}
 
 
 def run(seed: int, chosen: Sequence[int] = CHOSEN) -> dict:
@@ -130,7 +81,7 @@ def run(seed: int, chosen: Sequence[int] = CHOSEN) -> dict:
     model = MiniDS(CONFIG)
     train(model, "dense", generator)
     found = {"seed": seed, "dense": judge(model)}
-    ways = {"window": by_window, "untrained": None, "exact": exactly}
+    ways = {"window": by_window, "untrained": None, "exact": by_probability}
     found |= {name: {k: judge(choosing(model, k, way)) for k in chosen} for name, way in ways.items()}
     warm_up = train(model, "warm-up", generator)
     found["warm-up"] = {"indexer_loss": [step["indexer_loss"] for step in warm_up]}
