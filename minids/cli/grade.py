@@ -30,8 +30,8 @@ def grade_command(
             02_mla.ipynb.
         csv: File to which the table is also written, as CSV, row by row.
         junit: File to which the table is also written, as JUnit XML.
-        seconds: Time limit of the cells of one notebook, in seconds, and again of its checks; raise it on a slow
-            machine.
+        seconds: Limit of a cell, in seconds of processor time; the exercises of a notebook share as much. On the clock,
+            all cells of a notebook may take three times as long, and again its exercises.
         workers: Notebooks judged at the same time; by default one per CPU core. Each may use 4 GiB of memory.
     """
     for path in filter(None, (csv, junit)):

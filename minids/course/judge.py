@@ -52,6 +52,7 @@ VISIBLE = {  # modules that the exercises import, and what the student's process
 }
 MEMORY, FILE, SCRATCH = 4 * 2**30, 2**26, 2**28  # bytes: address space, largest file, all temporary files
 START, GRACE = 60.0, 5.0  # seconds that a process has to start, and an interrupted call to stop
+BUSY = 3.0  # seconds on the clock per second of processor time, on a machine with other work
 RUN_CELL, CALL, TEST = range(3)  # the functions of minids.course.student
 
 Outcome = tuple[str, int, str]  # status, points, message
@@ -60,7 +61,8 @@ Outcome = tuple[str, int, str]  # status, points, message
 def judge(content: bytes, chapter: int, seconds: float, layers: Layers) -> Iterator[Outcome]:
     """Run a notebook and yield the outcome of every exercise of the chapter that is worth points, in order.
 
-    `seconds` limits the cells together, and again the checks together.
+    `seconds` limit the processor time of a cell, and exercises share them; on the clock, all cells together may take
+    `BUSY` times as long, and again all exercises.
     """
     expected = graded(chapter)
     try:
@@ -122,7 +124,8 @@ class Student:
         self.process = IsolatedProcess(line, {"PATH": os.defpath, "OMP_NUM_THREADS": "1"}, self.folder)
         self.peer = Peer(self.process.socket)
         try:
-            self.limited(START, RUN_CELL, ["__import__('torch')", START])  # seconds that no notebook should pay for
+            # what no notebook should pay for
+            self.limited(START, RUN_CELL, ["__import__('torch')", START, START])
         except Broken as broken:
             complaint = self.close().decode(errors="replace").strip().splitlines()
             raise IsolationUnavailable(f"{layers or 'no layers'}: {complaint[-1] if complaint else broken}") from None
@@ -141,13 +144,13 @@ class Student:
 
     def run_all(self, cells: list[str], seconds: float) -> str:
         """Run all cells in order, past those that fail, until time is up; return the first error message, or ""."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + BUSY * seconds
         complaints = []
         for number, source in enumerate(cells, start=1):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            if complaint := self.limited(left, RUN_CELL, [source, left]):
+            if complaint := self.limited(left, RUN_CELL, [source, min(seconds, left), left]):
                 complaints.append(f"cell {number}: {complaint}")
         return str(complaints[0]) if complaints else ""
 
@@ -156,21 +159,24 @@ class Student:
 
 
 class RemoteAnswer:
-    """A student's function, as an exercise calls it: with a limit for all its calls together."""
+    """A student's function, as an exercise calls it: with a limit of each call, and on the clock of all its calls."""
 
     def __init__(self, student: Student, name: str, seconds: float):
-        self.student, self.name, self.deadline = student, name, time.monotonic() + seconds
+        self.student, self.name, self.seconds = student, name, seconds
+        self.deadline = time.monotonic() + BUSY * seconds
 
     def observe(self, arguments: tuple, differentiate: tuple[int, ...] = (), watch: bool = False) -> Observation:
-        left = max(self.deadline - time.monotonic(), 0.1)
-        seen = self.student.limited(left, CALL, [self.name, list(arguments), list(differentiate), watch, left])
+        seen = self._limited(CALL, list(arguments), list(differentiate), watch)
         if not isinstance(seen, Observation) or not isinstance(seen.arguments, tuple):
             raise Broken("an answer that is not plain data")
         return seen
 
     def test(self, implementation: Callable[..., Any]) -> None:
+        self._limited(TEST, implementation)
+
+    def _limited(self, function: int, *arguments: Any) -> Any:
         left = max(self.deadline - time.monotonic(), 0.1)
-        self.student.limited(left, TEST, [self.name, implementation, left])
+        return self.student.limited(left, function, [self.name, *arguments, min(self.seconds, left), left])
 
 
 def _access(folder: str) -> Access:

@@ -4,7 +4,8 @@
 that the exercises import: no reference, no solution. Its answers are only answers: what they are worth is the judge's.
 
 Notable choices: IPython runs the cells, without a kernel, a network or a history; what they print is discarded; a call
-that takes too long is interrupted every second, and killed by the judge if that does not help.
+has a limit of processor time, so that a busy machine takes no points, and one on the clock, so that nobody waits for a
+call that sleeps; beyond either it is interrupted every second, and killed by the judge if that does not help.
 """
 
 import builtins
@@ -39,9 +40,9 @@ def serve(channel: int, modules: dict[str, str], folder: str) -> None:
 
     shell = _shell()
 
-    def run_cell(source: str, seconds: float) -> str:
+    def run_cell(source: str, seconds: float, on_the_clock: float) -> str:
         """Run a cell; return the error message, or ""."""
-        with _interrupted_after(seconds, peer):
+        with _interrupted_after(seconds, on_the_clock, peer):
             result = shell.run_cell(source, store_history=False)
         error = result.error_before_exec or result.error_in_exec
         if isinstance(error, KeyboardInterrupt):
@@ -55,13 +56,17 @@ def serve(channel: int, modules: dict[str, str], folder: str) -> None:
             raise TypeError(f"{name} should be a function")
         return shell.user_ns[name]
 
-    def call(name: str, arguments: list, differentiate: list[int], watch: bool, seconds: float) -> Any:
+    def call(
+        name: str, arguments: list, differentiate: list[int], watch: bool, seconds: float, on_the_clock: float
+    ) -> Any:
         """Observe one call of the student's function `name`."""
-        return _carefully(lambda: observe(answer(name), arguments, differentiate, watch), seconds, peer, place)
+        limit = _interrupted_after(seconds, on_the_clock, peer)
+        return _carefully(lambda: observe(answer(name), arguments, differentiate, watch), limit, place)
 
-    def test(name: str, implementation: Callable[..., Any], seconds: float) -> None:
+    def test(name: str, implementation: Callable[..., Any], seconds: float, on_the_clock: float) -> None:
         """Call the student's test `name` with an implementation; raises what the test raises."""
-        _carefully(lambda: answer(name)(implementation), seconds, peer, place)
+        limit = _interrupted_after(seconds, on_the_clock, peer)
+        _carefully(lambda: answer(name)(implementation), limit, place)
 
     peer = Peer(_Descriptor(channel), [run_cell, call, test])
     peer.serve()
@@ -84,15 +89,17 @@ class _Descriptor:
         pass  # the judge measures the time
 
 
-def _carefully(action: Callable[[], Any], seconds: float, peer: Any, place: Callable[[BaseException], str]) -> Any:
-    """Do an action from the same random state each time; an error names the line of the student's code."""
+def _carefully(
+    action: Callable[[], Any], limit: contextlib.AbstractContextManager, place: Callable[[BaseException], str]
+) -> Any:
+    """Do an action in its limit, always from the same random state; an error names the line of the student's code."""
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
     try:
-        with _interrupted_after(seconds, peer):
+        with limit:
             return action()
     except NotImplementedError:
         raise
@@ -110,18 +117,24 @@ def _takes_text(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _interrupted_after(seconds: float, peer: Any) -> Iterator[None]:
-    """Raise KeyboardInterrupt after some seconds, and again every second: an except may swallow one."""
+def _interrupted_after(seconds: float, on_the_clock: float, peer: Any) -> Iterator[None]:
+    """Raise KeyboardInterrupt after so much processor time, or so much time, and again every second.
+
+    Once is not enough: an except may swallow it.
+    """
 
     def interrupt(*_: object) -> None:
         if not peer.transferring:
             raise KeyboardInterrupt
 
     try:
-        signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+        for each in (signal.SIGPROF, signal.SIGALRM):
+            signal.signal(each, interrupt)
+        signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
+        signal.setitimer(signal.ITIMER_REAL, on_the_clock, 1.0)
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

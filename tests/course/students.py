@@ -205,7 +205,10 @@ HOSTILE = {
     "dies": Case("import os\nos._exit(0)"),
     "kills itself": Case("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", POINTS),
     "kills everybody": Case("import os, signal\nos.kill(-1, signal.SIGKILL)", POINTS),
-    "stubborn": Case("import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nwhile True: pass"),
+    "stubborn": Case(
+        "import signal\nfor each in (signal.SIGALRM, signal.SIGPROF):\n    signal.signal(each, signal.SIG_IGN)\n"
+        "while True: pass"
+    ),
     "swallows interrupts": Case(
         "import time\nend = time.time() + 60\n"
         "while time.time() < end:\n    try: time.sleep(1)\n    except BaseException: pass"
