@@ -23,7 +23,7 @@ def start(minutes: float, gigabytes: float = 1, reading: int | None = None) -> N
     torch.set_printoptions(precision=2, sci_mode=False)
     shell = get_ipython()
     if shell is not None:
-        shell.display_formatter.formatters["image/png"].for_type(Figure, plots.png)
+        shell.display_formatter.formatters["image/png"].for_type(Figure, plots.png_and_size)
     unit = "minute" if minutes == 1 else "minutes"
     if reading is not None:
         print(f"Takes about {reading} minutes to read.")

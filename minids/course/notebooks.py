@@ -89,8 +89,13 @@ def normal(notebook: NotebookNode) -> NotebookNode:
                     output.traceback = [f"{output.ename}: {output.evalue}"]
                 elif output.output_type != "stream":
                     output.data.pop(LIVE_WIDGET, None)
-                    output.metadata = nbformat.from_dict({})
+                    output.metadata = nbformat.from_dict(_shown_size(output))
     return notebook
+
+
+def _shown_size(output: NotebookNode) -> dict[str, dict[str, int]]:
+    size = output.metadata.get("image/png", {})
+    return {"image/png": {name: size[name] for name in ("width", "height")}} if size else {}
 
 
 def without_solutions(solution: NotebookNode) -> NotebookNode:

@@ -29,7 +29,7 @@ class Explorer:
         self.draw = draw
         self.controls = {name: _control(name, values) for name, values in ranges.items()}
         self._complaint = ipywidgets.HTML()
-        self._image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width="auto", align_self="flex-start"))
+        self._image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", align_self="flex-start"))
         for control in self.controls.values():
             control.observe(self._moved, names="value")
         self._redraw()
@@ -46,7 +46,8 @@ class Explorer:
         return self._image.value
 
     def _redraw(self) -> None:
-        self._image.value = plots.png(self.draw(**self.values))
+        self._image.value, self._size = plots.png_and_size(self.draw(**self.values))
+        self._image.layout.width = f"{self._size['width']}px"
 
     def _moved(self, _change: object) -> None:
         self._complaint.value = ""
@@ -55,12 +56,13 @@ class Explorer:
         except Exception as error:  # JupyterLab would hide it
             self._complaint.value = f"<b>{html.escape(f'{type(error).__name__}: {error}')}</b>"
 
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> tuple[dict[str, Any], dict[str, Any]]:
         at = ", ".join(f"{name}={value}" for name, value in self.values.items())
-        return dict(self._box._repr_mimebundle_()) | {
+        shown = dict(self._box._repr_mimebundle_()) | {
             "text/plain": f"Explorer({self.draw.__name__}: {at})",
             "image/png": base64.b64encode(self.png).decode(),
         }
+        return shown, {"image/png": self._size}
 
 
 def _control(name: str, values: Range | list | bool) -> ipywidgets.Widget:

@@ -37,12 +37,13 @@ def test_fractions_make_a_slider_of_fractions():
 
 
 def test_without_a_kernel_there_is_a_picture_and_a_line_of_text(explorer, tmp_path):
-    bundle = explorer._repr_mimebundle_()
+    bundle, metadata = explorer._repr_mimebundle_()
     assert bundle["text/plain"] == "Explorer(draw: height=2, flip=False, shape=o)"
     assert "application/vnd.jupyter.widget-view+json" in bundle
     picture = tmp_path / "picture.png"
     picture.write_bytes(base64.b64decode(bundle["image/png"]))
-    assert matplotlib.image.imread(picture).shape[:2] == (90, 180)
+    assert matplotlib.image.imread(picture).shape[:2] == (180, 360), "two pixels per dot of the page"
+    assert metadata["image/png"] == {"width": 180, "height": 90}
 
 
 def test_a_figure_that_fails_says_so_and_recovers(explorer):
