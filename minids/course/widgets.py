@@ -29,7 +29,9 @@ class Explorer:
         self.draw = draw
         self.controls = {name: _control(name, values) for name, values in ranges.items()}
         self._complaint = ipywidgets.HTML()
-        self._image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", align_self="flex-start"))
+        self._image = ipywidgets.Image(
+            format="png", layout=ipywidgets.Layout(max_width="100%", align_self="flex-start")
+        )
         for control in self.controls.values():
             control.observe(self._moved, names="value")
         self._redraw()
@@ -56,7 +58,9 @@ class Explorer:
         except Exception as error:  # JupyterLab would hide it
             self._complaint.value = f"<b>{html.escape(f'{type(error).__name__}: {error}')}</b>"
 
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _repr_mimebundle_(
+        self, include: object = None, exclude: object = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         at = ", ".join(f"{name}={value}" for name, value in self.values.items())
         shown = dict(self._box._repr_mimebundle_()) | {
             "text/plain": f"Explorer({self.draw.__name__}: {at})",

@@ -155,7 +155,11 @@ def test_the_normal_form_drops_what_changes_from_run_to_run():
         {"output_type": "stream", "name": "stderr", "text": "!"},
         {"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": ["\x1b[31m/tmp/x.py", "..."]},
         {"output_type": "display_data", "metadata": {}, "data": {notebooks.LIVE_WIDGET: {}, "text/plain": "W"}},
-        {"output_type": "display_data", "metadata": {"image/png": SIZE | {"unconfined": True}}, "data": {"image/png": ""}},
+        {
+            "output_type": "display_data",
+            "metadata": {"image/png": SIZE | {"unconfined": True}},
+            "data": {"image/png": ""},
+        },
     ]
     notebook = nbformat.v4.new_notebook(cells=[cell_of("1", outputs)], metadata={"widgets": {"state": {}}})
     kept = normal(notebook)
