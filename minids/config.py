@@ -15,6 +15,8 @@ from minids.validation import check_fields as check_fields
 from minids.validation import check_value as check_value
 from minids.validation import require as require
 
+V4_KINDS = ("window", "csa", "hca")  # attention to the last tokens, and to no, to chosen, to all entries of blocks
+
 
 @dataclass(frozen=True)
 class YaRN:
@@ -71,24 +73,24 @@ class ModelConfig:
     """Standard deviation of the initial weights; None scales each matrix by its fan-in, as small models need."""
 
     # Attention.
-    attention: Literal["mla", "gqa"] = "mla"
-    """mla, or gqa for the dense baseline (MHA and MQA are special cases), without latent sizes. minids only."""
+    attention: Literal["mla", "gqa", "window", "csa", "hca"] = "mla"
+    """mla; gqa, the dense baseline (MHA, MQA), without latent sizes; window, csa and hca are V4's. minids only."""
     num_attention_heads: int = 128
     """Number of query heads."""
     num_key_value_heads: int = 128
     """Number of key and value heads of gqa: that of the query heads for MHA, 1 for MQA; unused by mla."""
     q_lora_rank: int | None = 1536
-    """Width of the query latent of mla, in channels; None projects queries directly, as V2-Lite does."""
+    """Width of the query latent, in channels; None projects queries directly, as V2-Lite does. Unused by gqa."""
     kv_lora_rank: int = 512
     """Width of the key-value latent of mla, in channels; it is cached, so a smaller one saves memory."""
     qk_nope_head_dim: int = 128
     """Width per head of the unrotated part of queries and keys (mla), in channels."""
     qk_rope_head_dim: int = 64
-    """Width of the rotated part of queries and keys (mla), in channels; even. All heads share one rotated key."""
+    """Width of the rotated part of queries and keys, in channels; even. All heads share one. Unused by gqa."""
     v_head_dim: int = 128
-    """Width of a value head, in channels; in gqa also that of a query and key head."""
+    """Width of a value head, in channels; but for mla also that of a query and key head."""
     index_topk: int | None = None
-    """Number of tokens that a query of mla attends to, chosen by an indexer as in V3.2 (2048); None attends to all."""
+    """Tokens that a query of mla attends to (V3.2: 2048; None for all), or entries of csa, chosen by an indexer."""
     index_n_heads: int = 64
     """Number of heads of the indexer; with few of them many scores are 0. Unused without index_topk."""
     index_head_dim: int = 128
@@ -138,6 +140,24 @@ class ModelConfig:
     engram: EngramConfig | None = None
     """Hashed n-gram memory; None for none. minids only."""
 
+    # V4, unused by mla and gqa (FACTS.md section 10); the sizes are V4-Flash's, YaRN is that of csa and hca.
+    layer_types: tuple[str, ...] | None = None
+    """Kind of each layer's attention: window, csa or hca; None for that of `attention` in all of them."""
+    sliding_window: int = 128
+    """Number of last tokens that every layer attends to one by one."""
+    csa_block: int = 4
+    """Tokens per entry of csa; an entry also mixes in the block before."""
+    hca_block: int = 128
+    """Tokens per entry of hca."""
+    compress_rope_theta: float = 160000.0
+    """Base of the rotary frequencies in csa and hca; that of window is `rope_theta`."""
+    o_groups: int = 8
+    """Groups of heads that have an output projection each."""
+    o_lora_rank: int = 1024
+    """Width to which the output of a group of heads is projected, in channels."""
+    num_hash_layers: int | None = None
+    """Number of first MoE layers in which a token's experts are looked up by its id (3); None for none."""
+
     def __post_init__(self):
         _check(self)
 
@@ -156,6 +176,10 @@ class ModelConfig:
         """Whether experts are selected with a balancing bias: true for V3's method, false for V2's."""
         return self.topk_method == "noaux_tc"
 
+    def of_layer(self, index: int) -> "ModelConfig":
+        """Return the config of one layer, whose `attention` is that of `layer_types`."""
+        return self if self.layer_types is None else self.replace(attention=self.layer_types[index])
+
     def replace(self, **changes: Any) -> "ModelConfig":
         """Return a copy with some fields changed; it is validated again."""
         return dataclasses.replace(self, **changes)
@@ -172,6 +196,8 @@ class ModelConfig:
         if isinstance(engram := fields.get("engram"), dict):
             listed = {name: tuple(value) for name, value in engram.items() if isinstance(value, list)}  # JSON's tuples
             fields = fields | {"engram": _make(EngramConfig, "engram", engram | listed)}
+        if isinstance(types := fields.get("layer_types"), list):
+            fields = fields | {"layer_types": tuple(types)}
         return _make(cls, "config", fields)
 
     @classmethod
@@ -203,10 +229,10 @@ def _check(c: ModelConfig) -> None:
     experts, groups, kept = c.n_routed_experts, c.n_group, c.topk_group
     reachable = experts // groups * kept
     scored_by_two = c.topk_method == "noaux_tc" and groups > 1
-    rotated = "qk_rope_head_dim" if c.attention == "mla" else "v_head_dim"
+    rotated = "v_head_dim" if c.attention == "gqa" else "qk_rope_head_dim"
     rules = [
         (c.rope_theta > 1, "rope_theta", "must exceed 1"),
-        (c.index_topk is None or c.attention == "mla", "index_topk", "needs attention=mla"),
+        (c.index_topk is None or c.attention != "gqa", "index_topk", "needs attention=mla, or csa"),
         (c.index_topk is None or c.q_lora_rank is not None, "index_topk", "needs a query latent, so a q_lora_rank"),
         (
             c.index_topk is None or c.index_head_dim >= c.qk_rope_head_dim,
@@ -230,6 +256,7 @@ def _check(c: ModelConfig) -> None:
         ),
         (c.topk_method != "greedy" or groups == kept, "topk_method", "greedy needs topk_group = n_group"),
         *_engram_rules(c),
+        *_v4_rules(c),
     ]
     for holds, field, rule in rules:
         require(holds, field, getattr(c, field), rule)
@@ -243,6 +270,25 @@ def _engram_rules(c: ModelConfig) -> list[tuple[bool, str, str]]:
     return [
         (max(c.engram.layers) < layers, "engram", f"layers must be below num_hidden_layers={layers}"),
         (special < vocab, "engram", f"pad_token and bos_token must be below vocab_size={vocab}"),
+    ]
+
+
+def _v4_rules(c: ModelConfig) -> list[tuple[bool, str, str]]:
+    types, heads, yarn, known = c.layer_types, c.num_attention_heads, c.rope_scaling, ", ".join(V4_KINDS)
+    if c.attention not in V4_KINDS:
+        rule = f"needs attention to be one of {known}"
+        return [(types is None, "layer_types", rule), (c.num_hash_layers is None, "num_hash_layers", rule)]
+    kinds = (c.attention,) if types is None else types if isinstance(types, tuple) else ()
+    each = types is None or len(kinds) == c.num_hidden_layers
+    return [
+        (each and set(kinds) <= set(V4_KINDS), "layer_types", f"must be a tuple with {known} for each layer"),
+        ("csa" not in kinds or c.index_topk is not None, "index_topk", "must be a number for csa"),
+        (c.q_lora_rank is not None, "q_lora_rank", "must be a number for V4's attention"),
+        (c.qk_rope_head_dim <= c.v_head_dim, "qk_rope_head_dim", f"must be at most v_head_dim={c.v_head_dim}"),
+        (heads % c.o_groups == 0, "o_groups", f"must divide num_attention_heads={heads}"),
+        ((c.num_hash_layers or 0) <= c.num_moe_layers, "num_hash_layers", "must be at most the MoE layers"),
+        (yarn is None or yarn.mscale == yarn.mscale_all_dim, "rope_scaling", "V4 has no mscale: both must be equal"),
+        (c.num_nextn_predict_layers == 0, "num_nextn_predict_layers", "must be 0 with V4's attention"),
     ]
 
 

@@ -34,6 +34,8 @@ def formula(function: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args, **kwargs):
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             check_value(name, value, signature.parameters[name].annotation)
+            if isinstance(value, ModelConfig):
+                require(value.attention in ("mla", "gqa"), "attention", value.attention, "only mla and gqa are counted")
         return function(*args, **kwargs)
 
     return checked

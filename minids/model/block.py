@@ -3,8 +3,9 @@
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minids.config import ModelConfig
+from minids.config import V4_KINDS, ModelConfig
 from minids.model.attention import GroupedQueryAttention
+from minids.model.compressed_attention import CompressedAttention
 from minids.model.kv_cache import AttentionContext, Cache
 from minids.model.layers import RMSNorm, SwiGLU
 from minids.model.mla import MultiHeadLatentAttention
@@ -21,9 +22,11 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, dense: bool):
         super().__init__()
-        attention: type[MultiHeadLatentAttention | GroupedQueryAttention]
+        attention: type[MultiHeadLatentAttention | GroupedQueryAttention | CompressedAttention]
         attention = MultiHeadLatentAttention if config.attention == "mla" else GroupedQueryAttention
-        if config.index_topk is not None:
+        if config.attention in V4_KINDS:
+            attention = CompressedAttention
+        elif config.index_topk is not None:
             attention = SparseLatentAttention
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = attention(config)

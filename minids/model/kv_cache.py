@@ -1,7 +1,8 @@
 """KV cache, and the attention context: positions, rotation and mask of a forward pass.
 
 Notable choice: the token at position p of a sequence is cached in slot p. The causal mask is then a comparison of
-positions, sequences of different lengths can share a batch, and a rollback only sets the length.
+positions, sequences of different lengths can share a batch, and a rollback only sets the length. Only the attention of
+V4 keeps less (compressed_attention.py): of single tokens the last ones, in a ring, where a rollback finds them gone.
 """
 
 from collections.abc import Sequence
@@ -53,19 +54,30 @@ def write_cache(
     return cache[:, : entry.shape[1] if context.mask is None else context.mask.shape[-1]]
 
 
+def write_ring(
+    ring: Float[Tensor, "batch size width"], context: AttentionContext, values: Float[Tensor, "batch seq width"]
+) -> None:
+    """Write the values of the last `size` tokens in place, without gradient: position p goes to p modulo the size."""
+    size = ring.shape[1]
+    ring[context.sequence, context.positions[:, -size:] % size] = values[:, -size:].detach().to(ring.dtype)
+
+
+def ring_positions(size: int, start: Int[Tensor, "batch 1"]) -> Int[Tensor, "batch size"]:
+    """Return the positions of the tokens that a ring holds before position `start`; negative where it is empty."""
+    last = start - 1
+    return last - (last - torch.arange(size, device=start.device)) % size
+
+
 class KVCache:
     """Cache of a batch of sequences: one tensor per layer, and the number of valid positions per sequence."""
 
     def __init__(self, widths: Sequence[int], batch: int, slots: int, like: Tensor):
         """Allocate a layer for each of `widths`, its values per token, with the dtype and the device of `like`."""
         self.layers = [like.new_zeros(batch, slots, width) for width in widths]
+        self.slots = slots  # capacity in tokens per sequence
+        self.keeps_all = True  # the tokens of all slots, in every layer
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.longest = 0  # maximum of `lengths`, known without synchronising with the device
-
-    @property
-    def slots(self) -> int:
-        """Capacity in tokens per sequence."""
-        return self.layers[0].shape[1]
 
     def advance(self, tokens: int) -> None:
         """Add `tokens` to the length of every sequence, after they were written."""
@@ -73,7 +85,13 @@ class KVCache:
         self.longest += tokens
 
     def truncate(self, lengths: Int[Tensor, "batch"]) -> None:
-        """Set the lengths; slots beyond them are overwritten later."""
+        """Set the lengths; slots beyond them are overwritten later.
+
+        Raises `ValueError` for a rollback where layers keep only the last tokens.
+        """
+        if not self.keeps_all and not torch.equal(lengths, self.lengths):
+            rule = "this attention keeps no tokens to go back to; give all sequences the same number of tokens"
+            raise ValueError(f"lengths={lengths.tolist()}: {rule}")
         self.lengths, self.longest = lengths, int(lengths.max())
 
     def keep(self, rows: Int[Tensor, "kept"]) -> Int[Tensor, "kept"]:
@@ -90,7 +108,7 @@ class KVCache:
         self.layers = [layer[:kept] for layer in self.layers]
         lengths = self.lengths.clone()
         lengths[moved] = self.lengths[rows]
-        self.truncate(lengths[:kept])
+        self.lengths, self.longest = lengths[:kept], int(lengths[:kept].max())
         return moved
 
     def num_bytes(self) -> int:

@@ -2,8 +2,8 @@
 
 Notable choices: pre-norm residual layers; the first layers are dense, the others mixtures of experts; embedding and
 output head are separate matrices, which the MTP modules share; a forward pass changes no state but the given cache.
-What came after V3 is off unless the config asks for it: several residual streams (hyper_connections.py), and a memory
-that some layers read before their attention (engram.py).
+What came after V3 is off unless the config asks for it: several residual streams (hyper_connections.py), a memory that
+some layers read before their attention (engram.py), and V4's attention and hash routing (compressed_attention.py).
 
 Dimensions in shape annotations and comments, in all of `minids.model`:
     batch             sequences in a batch (b)
@@ -16,6 +16,7 @@ Dimensions in shape annotations and comments, in all of `minids.model`:
     kv_rank, q_rank   widths of the key-value and the query latent of MLA
     entry, width      values cached per token and layer; in MLA kv_rank + rope
     index_heads, index_dim   heads of the indexer of sparse attention, and their width
+    blocks            entries of V4's compressed attention, one per block of tokens; head_dim is its only width
     pairs             pairs of channels that RoPE rotates, rope / 2
     experts, k        routed experts of a layer, and those chosen per token
     tokens, rows      batch * seq; copies of tokens sorted by expert, tokens * k
@@ -24,6 +25,7 @@ Dimensions in shape annotations and comments, in all of `minids.model`:
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +33,9 @@ from torch import Tensor, nn
 
 from minids.config import ModelConfig
 from minids.model.block import Block
+from minids.model.compressed_attention import CompressedAttention
 from minids.model.engram import EngramLayers, new_history
+from minids.model.hash_routing import HashRouting
 from minids.model.hyper_connections import CollapsingNorm, HyperBlock, HyperMTPModule, expand
 from minids.model.kv_cache import AttentionContext, IndexerTraining, KVCache
 from minids.model.layers import ModuleList, RMSNorm
@@ -47,11 +51,21 @@ WRITES_TO_RESIDUAL = (".o_proj.weight", ".down_proj", ".down_proj.weight", ".val
 class Output:
     """Output of a forward pass."""
 
-    logits: Float[Tensor, "batch seq vocab"]
     hidden: Float[Tensor, "batch seq *streams dim"]  # residual stream before the final norm; input of MTP
-    mtp_logits: list[Tensor] = field(default_factory=list)  # depth k = 1..D: [batch, seq - k, vocab]
+    head_inputs: list[Tensor]  # depth k = 0 (the next token)..D (MTP), normalised: [batch, seq - k, dim]
+    head: nn.Linear
     routings: list[Routing] = field(default_factory=list)  # one per MoE layer that ran; MTP modules last
     indexer_losses: list[Tensor] = field(default_factory=list)  # one per layer with an indexer that is trained
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the next token; `MiniDS.forward` computes them, after `MiniDS.states` the first access does."""
+        return self.head(self.head_inputs[0])
+
+    @cached_property
+    def mtp_logits(self) -> list[Tensor]:
+        """Logits of the MTP modules, computed when `logits` are; depth k = 1..D: [batch, seq - k, vocab]."""
+        return [self.head(x) for x in self.head_inputs[1:]]
 
     @property
     def tokens_per_expert(self) -> Int[Tensor, "layers experts"]:
@@ -62,7 +76,7 @@ class Output:
 
 
 class MiniDS(nn.Module):
-    """DeepSeek-V3 (FACTS.md sections 1 to 4); with other configs, DeepSeek-V2 or V3.2, or a dense baseline."""
+    """DeepSeek-V3 (FACTS.md sections 1 to 4); with other configs, DeepSeek-V2, V3.2, V4, or a dense baseline."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -70,8 +84,8 @@ class MiniDS(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         layers, depths, several = config.num_hidden_layers, config.num_nextn_predict_layers, config.hc_mult > 1
         self.layers: ModuleList[Block] = ModuleList(
-            HyperBlock(config, i < config.first_k_dense_replace, i) if several
-            else Block(config, dense=i < config.first_k_dense_replace)
+            HyperBlock(config.of_layer(i), i < config.first_k_dense_replace, i) if several
+            else Block(config.of_layer(i), dense=i < config.first_k_dense_replace)
             for i in range(layers)
         )  # fmt: skip
         self.norm = CollapsingNorm(config) if several else RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -80,6 +94,7 @@ class MiniDS(nn.Module):
             HyperMTPModule(config, layers + k) if several else MTPModule(config) for k in range(depths)
         )
         self.engram = EngramLayers(config) if config.engram is not None else None
+        self.hash_routing = HashRouting(config) if config.num_hash_layers is not None else None
         self.initialize()
 
     def forward(
@@ -98,8 +113,22 @@ class MiniDS(nn.Module):
         that their routers choose. Raises `ValueError` if the sequence exceeds the context length or the capacity of the
         cache.
         """
+        out = self.states(tokens, mtp=mtp, cache=cache, indexer=indexer, experts=experts)
+        _ = out.logits, out.mtp_logits  # computed here, with the weights and the gradient mode of this forward pass
+        return out
+
+    def states(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        *,
+        mtp: bool = False,
+        cache: KVCache | None = None,
+        indexer: IndexerTraining | None = None,
+        experts: Int[Tensor, "moe_layers batch seq k"] | None = None,
+    ) -> Output:
+        """Compute what `forward` does, without the logits: a loss applies the head itself, to a chunk at a time."""
         hidden, routings = self.trunk(tokens, cache, indexer, experts)  # hidden [batch, seq, dim]
-        out = Output(self.logits(hidden), hidden, routings=routings)
+        out = Output(hidden, [self.norm(hidden)], self.head, routings)
         if mtp:
             self._predict_further(tokens, out, indexer)
         if indexer is not None:
@@ -124,7 +153,11 @@ class MiniDS(nn.Module):
         for i, layer in enumerate(self.layers):
             if self.engram is not None:
                 x = self.engram(i, x, ngrams)
-            given = None if experts is None or not isinstance(layer.ffn, MoE) else experts[len(routings)]
+            given = None
+            if isinstance(layer.ffn, MoE) and experts is not None:
+                given = experts[len(routings)]
+            elif isinstance(layer.ffn, MoE) and self.hash_routing is not None:
+                given = self.hash_routing(len(routings), tokens)
             x, routing = layer(x, context, cache and cache.layers[i], given)
             if routing is not None:
                 routings.append(routing)
@@ -165,7 +198,7 @@ class MiniDS(nn.Module):
             following = tokens[:, k:]  # [batch, seq - k]
             context = self.attention_context(following, indexer=indexer)
             hidden, routing = module(hidden[:, :-1], self.embedding(following), context)
-            out.mtp_logits.append(self.head(module.norm(hidden)))
+            out.head_inputs.append(module.norm(hidden))
             if routing is not None:
                 out.routings.append(routing)
 
@@ -184,7 +217,12 @@ class MiniDS(nn.Module):
         return self._cache_of([module.block for module in self.mtp], batch, slots)
 
     def _cache_of(self, blocks: Iterable[Block], batch: int, slots: int) -> KVCache:
-        return KVCache([block.attention.cache_width for block in blocks], batch, slots, like=self.head.weight)
+        attentions = [block.attention for block in blocks]
+        cache = KVCache([attention.cache_width for attention in attentions], batch, slots, like=self.head.weight)
+        for i, attention in enumerate(attentions):
+            if isinstance(attention, CompressedAttention):
+                cache.layers[i], cache.keeps_all = attention.new_cache(batch, slots, self.head.weight), False
+        return cache
 
     def update_balance_bias(self, tokens_per_expert: Int[Tensor, "layers experts"], speed: float) -> None:
         """Update the routers' biases, once per optimizer step; the rows are those of `Output.tokens_per_expert`.

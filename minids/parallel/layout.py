@@ -102,7 +102,7 @@ class Layout:
             alone = world == 1 or recipe.index_stage == "sparse"
             require(alone, "index_stage", recipe.index_stage, "a warm-up of the indexers runs in one process")
             if self.pp > 1:
-                for name, value in (("hc_mult", 1), ("engram", None), ("index_topk", None)):
+                for name, value in (("hc_mult", 1), ("engram", None), ("index_topk", None), ("num_hash_layers", None)):
                     require(getattr(config, name) == value, name, getattr(config, name), f"a pipeline has {value} only")
                 layers, stages = config.num_hidden_layers, self.pipeline(recipe).stages
                 require(layers >= stages, "num_hidden_layers", layers, f"must be at least the {stages} stages")
