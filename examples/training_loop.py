@@ -36,7 +36,7 @@ def training_loop(model: MiniDS, data: TextData, recipe: Recipe) -> Iterator[dic
         mtp_weight = recipe.mtp_weight / (3 if schedule.is_falling(step) else 1)
         loss, tokens_per_expert = 0.0, 0
         for micro in batch.micro_batches(recipe.micro_batch_size or recipe.batch_size):
-            out = model(micro.tokens[:, :-1], mtp=mtp_weight > 0)
+            out = model.states(micro.tokens[:, :-1], mtp=mtp_weight > 0)  # the losses apply the output head
             parts = losses(model, out, micro, denominators)  # next token, the tokens after it, load balance
             parts.total(mtp_weight).backward()
             loss = loss + parts.main.detach()

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from minids import cost
+from minids.cli import loss_memory
 from minids.cli.options import call
 from minids.config import ModelConfig
 from minids.inference.generate import Sampling, generate
@@ -44,6 +45,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 BATCH, SEQ_LEN = 8, 256
 SMALL_SEQ_LEN = 1024
+WORDS = 32_768  # vocabulary of the loss whose memory is compared
 PROMPTS = (
     "The with statement is used to", "import os\n\ndef ", "    Return the ", "class Parser:\n    def __init__(self, ",
     "This module provides", "        if self._closed:\n            raise ", "for line in ", "An object of this type",
@@ -94,6 +96,12 @@ def _memory(field: str) -> int:
     """Return this process's memory in bytes: VmRSS is the current memory, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def memory_of_loss(repeats: int) -> list[dict]:
+    """Compare the peak memory of the head and its loss at a large vocabulary, from whole logits over in chunks."""
+    whole, chunked = loss_memory.peaks(WORDS, BATCH * SEQ_LEN, CONFIG.hidden_size).values()
+    return [_row(f"peak memory of the loss of {WORDS:,} words, whole logits / chunks", [whole / chunked], ">= 3")]
 
 
 def decoding(repeats: int) -> list[dict]:
@@ -290,10 +298,13 @@ def startup(repeats: int) -> list[dict]:
     return rows
 
 
-Question = Literal["train", "memory", "decode", "compiled", "prefill", "experts", "context", "speculative", "startup"]
+Question = Literal[
+    "train", "memory", "loss", "decode", "compiled", "prefill", "experts", "context", "speculative", "startup"
+]
 QUESTIONS: dict[Question, Callable[[int], list[dict]]] = {
     "train": training,
     "memory": peak_memory,
+    "loss": memory_of_loss,
     "decode": decoding,
     "compiled": compiled_decoding,
     "prefill": prefill,

@@ -10,10 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Remembers every storage that an operation returns inside the block, without keeping it alive."""
+    """Remembers every storage that an operation returns inside the block, without keeping it alive.
+
+    `peak` is the largest `total` so far; what an operation allocates only while it runs is not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.peak = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -22,6 +26,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in _tensors(result):
             if _key(tensor) not in given:  # a view belongs to whoever made its storage
                 self._storages[_key(tensor)] = weakref.ref(tensor.untyped_storage())
+        self.peak = max(self.peak, self.total)
         return result
 
     @property

@@ -71,7 +71,8 @@ def activation_bytes(
 
             if schedule is None:
                 mtp, indexer = bool(recipe.mtp_weight), IndexerTraining(recipe.index_stage)
-                return kept_bytes(model, recipe, lambda: loss(model(text[:, :-1], mtp=mtp, indexer=indexer), batch))
+                states = functools.partial(model.states, text[:, :-1], mtp=mtp, indexer=indexer)
+                return kept_bytes(model, recipe, lambda: loss(states(), batch))
             stages = [Stage(model, i, schedule.stages) for i in range(schedule.stages)]
             x = torch.zeros(rows, recipe.seq_len, config.hidden_size, requires_grad=True)
             tokens_per_expert = torch.zeros(len(model.routers()), config.n_routed_experts, dtype=torch.int64)

@@ -1,7 +1,9 @@
 """Shard parameters with FSDP2: which parameters a rank keeps, and over which axes of ranks they are sharded.
 
-Notable choice: without a pipeline a layer's weights are gathered when they are needed (ZeRO stage 3); in a pipeline
-weights and gradients stay whole during a step (stage 1, as in V3), since a backward split into I and W uses them twice.
+Notable choice: without a pipeline a layer's weights are gathered when they are needed (ZeRO stage 3), those outside of
+the layers once per step, because the loss applies the head a chunk at a time and again in the backward pass; in a
+pipeline weights and gradients stay whole during a step (stage 1, as in V3), since a backward split into I and W uses
+them twice.
 """
 
 import warnings
@@ -10,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from minids.model.block import Block
 from minids.model.moe import Experts
@@ -53,9 +55,12 @@ def shard(parts: list[MiniDS], axes: Axes) -> None:
     for module in dict.fromkeys(module for part in parts for module in _units(part, whole)):
         biases = {p for p in module.parameters() if not p.requires_grad}
         axis = axes.dp if isinstance(module, Experts) else axes.data
-        sharded = fully_shard(module, mesh=axis, reshard_after_forward=whole, ignored_params=biases)
+        free = whole and module is not parts[0]  # the root holds the head, which the loss applies after forward
+        sharded = fully_shard(module, mesh=axis, reshard_after_forward=free, ignored_params=biases)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+    if whole:
+        register_fsdp_forward_method(parts[0], "states")
 
 
 def _units(part: MiniDS, whole: bool) -> Iterator[torch.nn.Module]:

@@ -83,7 +83,7 @@ class Stage(MiniDS):
             if routing is not None:
                 routings.append(routing)
         if self.is_last:
-            out = Output(self.logits(x), x, routings=routings)
+            out = Output(x, [self.norm(x)], self.head, routings)
             self._predict_further(batch.tokens, out)
             loss = batch.loss(replace(out, routings=[]), batch.target)
             batch.total_loss += loss.detach()

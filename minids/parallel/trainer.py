@@ -225,7 +225,7 @@ class ParallelTrainer(Trainer):
             return losses(self.model, out, batch, LossDenominators(1, 1)).main
 
         tokens = batch.tokens[:, :-1]
-        return self.pipeline.evaluate(tokens, batch, nats) if self.pipeline else nats(self.model(tokens), batch)
+        return self.pipeline.evaluate(tokens, batch, nats) if self.pipeline else nats(self.model.states(tokens), batch)
 
     def load_tensors(self, folder: Path) -> None:
         """Read this rank's shards. The random state is not restored, because no step uses it."""

@@ -15,6 +15,7 @@ from minids.model.moe import Routing
 from minids.model.transformer import MiniDS
 from minids.reasoning.rewards import Response, Reward, Score, apply_reward, read_response
 from minids.reasoning.tasks import Problem
+from minids.training.chunked_loss import in_chunks
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,20 @@ def token_logps(
     With `experts` and `allowed`, the decisions of sampling are kept: tokens are read by these experts, and the
     distribution is that among the allowed tokens.
     """
-    out = model(tokens[:, :-1], experts=experts)
-    logits = at_least_float32(out.logits) / temperature
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)  # -inf has no entropy: 0 * -inf
-    logp = logits.log_softmax(-1)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-    return logp.gather(-1, tokens[:, 1:, None])[..., 0], entropy, out.routings
+    out = model.states(tokens[:, :-1], experts=experts)
+
+    def of_chunk(logits: Tensor, following: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        logits = at_least_float32(logits) / temperature
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)  # -inf has no entropy: 0 * -inf
+        logp = logits.log_softmax(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        return logp.gather(-1, following[:, None])[:, 0], entropy
+
+    columns = (out.head_inputs[0], tokens[:, 1:], *(() if allowed is None else (allowed,)))
+    chunks = in_chunks(of_chunk, model.head, *(column.flatten(0, 1) for column in columns))
+    logp, entropy = (torch.cat(parts).view_as(tokens[:, 1:]) for parts in zip(*chunks, strict=True))
+    return logp, entropy, out.routings
 
 
 def answer(

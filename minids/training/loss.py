@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from minids.data.batches import Batch
 from minids.model.layers import at_least_float32
 from minids.model.moe import balance_loss
 from minids.model.transformer import MiniDS, Output
+from minids.training.chunked_loss import in_chunks
 
 IGNORED = -100  # ignore_index of cross_entropy
 
@@ -65,14 +66,14 @@ class Losses:
 
 
 def losses(model: MiniDS, out: Output, batch: Batch, denominators: LossDenominators) -> Losses:
-    """Compute the losses of `out = model(batch.tokens[:, :-1], mtp=True)`, in nats per target.
+    """Compute the losses of `out = model.states(batch.tokens[:, :-1], mtp=True)`, in nats per target.
 
     Main: mean over the targets. MTP: mean over depths, each divided by the number of targets of the main loss although
     it has fewer (V3 eq. 24). Balance: sum over layers, mean over sequences. Indexers: sum over layers, mean over all
     queries.
     """
-    main = _summed_cross_entropy(out.logits, targets(batch)) / denominators.targets
-    depths = [_summed_cross_entropy(logits, targets(batch, k)) for k, logits in enumerate(out.mtp_logits, start=1)]
+    sums = [summed_cross_entropy(model.head, x, targets(batch, k)) for k, x in enumerate(out.head_inputs)]
+    main, depths = sums[0] / denominators.targets, sums[1:]
     mtp = sum(depths, main.new_zeros(())) / (denominators.targets * max(len(depths), 1))
     balance = sum((balance_loss(routing, model.config) for routing in out.routings), main.new_zeros(()))
     indexer = sum(out.indexer_losses, main.new_zeros(()))
@@ -80,11 +81,15 @@ def losses(model: MiniDS, out: Output, batch: Batch, denominators: LossDenominat
     return Losses(main, mtp, balance * rows / sequences, indexer * rows / sequences)
 
 
-def _summed_cross_entropy(
-    logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]
+def summed_cross_entropy(
+    head: nn.Linear, states: Float[Tensor, "batch seq dim"], labels: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, ""]:
-    flat = at_least_float32(logits.flatten(0, 1))
-    return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    """Return the sum over the targets of -log p(target), in nats; `states` are the inputs of the output head."""
+
+    def of_chunk(logits: Float[Tensor, "positions vocab"], labels: Int[Tensor, "positions"]) -> Float[Tensor, ""]:
+        return F.cross_entropy(at_least_float32(logits), labels, ignore_index=IGNORED, reduction="sum")
+
+    return torch.stack(in_chunks(of_chunk, head, states.flatten(0, 1), labels.flatten())).sum()
 
 
 @torch.inference_mode()
@@ -97,6 +102,7 @@ def bits_per_byte(model: MiniDS, batches: Iterable[Batch], token_bytes: Int[Tens
     nats = byte_count = 0.0
     for batch in batches:
         labels = targets(batch)
-        nats += _summed_cross_entropy(model(batch.tokens[:, :-1].to(device)).logits, labels.to(device)).item()
+        states = model.states(batch.tokens[:, :-1].to(device)).head_inputs[0]
+        nats += summed_cross_entropy(model.head, states, labels.to(device)).item()
         byte_count += token_bytes[labels[labels != IGNORED]].sum().item()
     return nats / math.log(2) / byte_count

@@ -199,8 +199,8 @@ class Trainer(Loop):
         for micro in batch.to(device).micro_batches(self.recipe.micro_batch_size or len(batch.tokens)):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
                 indexer = IndexerTraining(self.recipe.index_stage)
-                out = self.model(micro.tokens[:, :-1], mtp=bool(mtp_weight), indexer=indexer)
-            part = losses(self.model, out, micro, denominators)
+                out = self.model.states(micro.tokens[:, :-1], mtp=bool(mtp_weight), indexer=indexer)
+                part = losses(self.model, out, micro, denominators)
             part.total(mtp_weight).backward()
             parts.append(part.detach())
             if out.routings:

@@ -44,6 +44,13 @@ def test_the_compiled_step_is_compared_at_both_batches(small, monkeypatch):
     assert [row["aim"] for row in rows] == [">= 3", ">= 4", "", ">= 2"]
 
 
+def test_memory_of_the_loss_is_counted_the_same_every_time():
+    """Of the tensors that are made, so that a busy machine changes nothing."""
+    (row,), (again,) = bench.memory_of_loss(2), bench.memory_of_loss(2)
+    assert row == again and row["median"] >= 3
+    assert "32,768 words" in row["what"]
+
+
 def test_both_sides_have_the_same_weights(small):
     model = bench.MiniDS(bench.CONFIG).eval()
     twin = bench.in_transformers(model).eval()
