@@ -12,7 +12,9 @@ import nbval.kernel
 import pytest
 
 ROOT = Path(__file__).parent
-EXPECTED_SKIPS = re.compile("GPU|could not import 'triton'|pytest -m browser_all|forbids it to everybody|bubblewrap: ")
+EXPECTED_SKIPS = re.compile(
+    "GPU|could not import 'triton'|pytest -m browser_all|forbids it to everybody|bubblewrap: |python3 course.py site"
+)
 EVERY_SKIP_COUNTS = "CI" in os.environ and sys.platform == "linux"  # elsewhere a learner may lack a Chromium, a sandbox
 
 
