@@ -3,7 +3,6 @@
     python benchmarks/pretraining.py ablation            dense, +MLA, +MoE, +bias balancing, +MTP: 4 minutes of one core
     python benchmarks/pretraining.py scaling             rates and a law of four sizes, checked on two: 6 minutes
     python benchmarks/pretraining.py context             four times the trained context, six ways: 3 minutes
-    python benchmarks/pretraining.py gain                a mixture against a dense model at equal work: hours
     python benchmarks/pretraining.py recipe RUN          the run of `python -m minids train` against gzip, xz, a 5-gram
 
 Results go to benchmarks/results/pretraining_NAME.json with command, seeds, versions, and the configs and recipes from
@@ -237,36 +236,6 @@ def with_scaling(model: MiniDS, scaling: YaRN | None) -> MiniDS:
     return copy.eval()
 
 
-# A larger run -------------------------------------------------------------------------------------------------------
-
-
-def gain(steps: int, width: int = 256, layers: int = 6, max_bytes: int = 20_000_000) -> dict:
-    """A mixture of 64 experts, 6 per token, against a dense model with as many activated parameters.
-
-    It has not been run: 20,000 steps of 16,384 tokens take some hours of a GPU. Both read the same rows in the same
-    order; the dense feed-forward is as wide as the experts of a token together, so that a token costs the same.
-    """
-    data = builtin_text("bpe:4096", max_bytes)
-    expert = width // 2
-    mixture = ModelConfig.preset("nano").replace(
-        vocab_size=data.tokenizer.vocab_size, hidden_size=width, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=8, intermediate_size=7 * expert, moe_intermediate_size=expert, n_routed_experts=64,
-        num_experts_per_tok=6, n_shared_experts=1, n_group=1, topk_group=1, num_nextn_predict_layers=0,
-        q_lora_rank=width // 2, kv_lora_rank=width // 4, first_k_dense_replace=1,
-    )  # fmt: skip
-    variants = {"dense": mixture.replace(first_k_dense_replace=layers), "mixture": mixture}
-    recipe = replace(RECIPE, steps=steps, batch_size=64, seq_len=256, learning_rate=1e-3, warmup_steps=200)
-    found: dict[str, dict] = {}
-    for name, config in variants.items():
-        found[name] = {"config": config.to_dict(), "bits_per_byte": []}
-        for seed in SEEDS:
-            model, metrics = trained(config, data, replace(recipe, seed=seed, evaluation_batches=100))
-            found[name]["bits_per_byte"].append(metrics[-1]["validation_bits_per_byte"])
-            print(f"{name}, seed {seed}: {found[name]['bits_per_byte'][-1]:.4f}", flush=True)
-        found[name] |= {"parameters": model.num_parameters(), "active": model.num_active_parameters()}
-    return {"recipe": asdict(recipe), "variants": found}
-
-
 # The README's recipe ------------------------------------------------------------------------------------------------
 
 
@@ -299,17 +268,14 @@ def recipe(directory: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=["ablation", "scaling", "context", "gain", "recipe"])
+    parser.add_argument("experiment", choices=["ablation", "scaling", "context", "recipe"])
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the folder of a finished run, for recipe")
-    parser.add_argument("--steps", type=int, default=20_000, help="steps of each run of gain, of 16,384 tokens")
     arguments = parser.parse_args()
     if (arguments.experiment == "recipe") != (arguments.run is not None):
         parser.error("recipe, and only recipe, needs the folder of a run")
     torch.set_num_threads(1)
     if arguments.experiment == "recipe":
         results = recipe(arguments.run)
-    elif arguments.experiment == "gain":
-        results = gain(arguments.steps)
     else:
         results = {"ablation": ablation, "scaling": scaling, "context": context}[arguments.experiment]()
     write(arguments.experiment, results)
@@ -317,7 +283,7 @@ def main() -> None:
 
 def write(experiment: str, results: dict) -> None:
     """Store `results` with the command, versions and seeds."""
-    arguments = {"recipe": " RUN", "gain": f" --steps {results.get('recipe', {}).get('steps')}"}.get(experiment, "")
+    arguments = " RUN" if experiment == "recipe" else ""
     found = {
         "command": f"python benchmarks/pretraining.py {experiment}{arguments}",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
