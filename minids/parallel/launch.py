@@ -89,7 +89,7 @@ def launch(work: Callable[[int], Any], ranks: int) -> list[Any]:
 
 def _member(rank: int, work: Callable[[int], Any], ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    timeout = timedelta(minutes=1)  # of every collective; no action should take as long
+    timeout = timedelta(minutes=3)  # of every collective; no action takes as long, even on a busy machine
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", timeout, ranks, rank)
     try:
         torch.save(work(rank), folder / f"{rank}.pt")
