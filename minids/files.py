@@ -1,5 +1,6 @@
 """Atomic writing of files and folders."""
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
     complete, as a hidden folder ending in `.old`. Unfinished folders of killed processes are removed.
     """
     directory = directory.resolve()
-    for abandoned in directory.parent.glob(f".{directory.name}.*.new"):
+    for abandoned in directory.parent.glob(f".{glob.escape(directory.name)}.*.new"):
         shutil.rmtree(abandoned)
     aside = directory.with_name(f".{directory.name}.{uuid4().hex}.new")
     retired = aside.with_suffix(".old")

@@ -7,6 +7,7 @@ imported is reported as any other.
 import importlib
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -34,6 +35,8 @@ MODULES = {"import": "convert", "export": "convert"}
 COURSE = "pip install 'minids[course]'"
 NEEDED = dict.fromkeys(("matplotlib", "IPython", "nbformat", "jupyter_client", "ipywidgets"), COURSE)
 NEEDED |= dict.fromkeys(("pyarrow", "datasets"), "pip install 'minids[data]'")
+
+NARROWEST = 40  # columns of a terminal
 
 LESS_MEMORY = {
     "train": "lower --micro-batch-size or --seq-len, or choose a smaller --preset",
@@ -80,6 +83,9 @@ def main() -> int:
     command: 130 for Ctrl-C, 141 where the reader of the output has gone.
     """
     os.environ |= openmp_settings(os.environ)
+    if shutil.get_terminal_size().columns < NARROWEST:  # help on fewer columns is no text, and on one never ends
+        os.environ["COLUMNS"] = str(NARROWEST)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # redirected on Windows, it may lack most letters: write ? for these
             stream.reconfigure(errors="replace")
@@ -95,7 +101,7 @@ def main() -> int:
                 raise
     except BaseException as error:
         status, message = _describe(error, sys.argv[1:])
-        if os.environ.get("MINIDS_TRACEBACK") and isinstance(error, Exception):
+        if os.environ.get("MINIDS_TRACEBACK", "0") not in ("", "0") and isinstance(error, Exception):
             importlib.import_module("traceback").print_exception(error)
     with suppress(OSError):  # the terminal may have gone
         if message:
@@ -146,8 +152,8 @@ def _describe(error: BaseException, arguments: list[str]) -> tuple[int, str]:
         case OSError():
             return 2, str(error)
         case ValueError() | ArithmeticError():
-            first = os.environ.get("RANK", "0") == "0"
-            return 2, str(error) if first else ""  # all ranks raise the same
+            first = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
+            return 2, str(error) if first else ""  # all processes of torchrun raise the same
     hint = "this is a fault of minids; set MINIDS_TRACEBACK=1 to see where it was raised"
     return 1, f"{type(error).__name__}: {error} ({hint})"
 
@@ -157,6 +163,19 @@ def _is_out_of_memory(error: BaseException) -> bool:
     allocators = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
     torch_error = isinstance(error, RuntimeError) and any(name in str(error) for name in allocators)
     return torch_error or isinstance(error, MemoryError)
+
+
+def _open_closed_streams() -> None:
+    """Connect standard streams that the caller has closed (`>&-`) to the null device; Python has None in their place.
+
+    Their descriptors are then taken, so that no file of a run gets one and is written to by a library's messages.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _discard_unwritten() -> None:

@@ -62,11 +62,11 @@ def rl_command(
     directory = new_run(name or f"rl-{task}")
     if variant is not None:
         recipe = dataclasses.replace(recipe, **VARIANTS[variant])
+    check_value("base_steps", base_steps, int)
     check_value("format_weight", format_weight, float, may_be_zero=True)
     check_value("language_weight", language_weight, float, may_be_zero=True)
     weights = {"accuracy": 1.0, "format": format_weight, "language": language_weight}
     family = TASKS[task]()
-    dataclasses.replace(BASE_RECIPE, steps=base_steps)  # raises for impossible steps, before anything is written
     rule_reward(task, weights)  # raises for unknown weights and an unavailable sandbox
     config = base_config(family.tokenizer.vocab_size) if base is None else load_base(base, family).config
     check(config, family.tokenizer, family, recipe)

@@ -10,6 +10,9 @@ from minids.cli.options import call
 from minids.parallel.gantt import gantt
 from minids.parallel.schedule import Action, Pair, Schedule, Timeline
 from minids.parallel.schedules import SCHEDULES, ScheduleName, compare
+from minids.validation import require
+
+MOST_RANKS, MOST_ROWS = 1024, 2**15  # some ten seconds of simulation; the chart is full far below
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -44,6 +47,9 @@ def schedule_command(
         json: Print actions and simulation as JSON, for a program to read.
         png: File to which a chart of the timeline is also written, as PNG; requires matplotlib.
     """
+    require(ranks <= MOST_RANKS, "ranks", ranks, f"must be at most {MOST_RANKS:,}: every action is simulated")
+    most = MOST_ROWS // max(ranks, 1)
+    require(micro_batches <= most, "micro_batches", micro_batches, f"must be at most {most:,} with {ranks} ranks")
     schedule = SCHEDULES[name](ranks, micro_batches)
     schedule.check()
     costs = dict(F=F, B=B, W=W, FB=FB, transfer=transfer)

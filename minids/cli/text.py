@@ -21,8 +21,12 @@ def print_continuation(
 ) -> None:
     """Print the prompt and its continuation, token by token, up to `max_new_tokens` tokens or <eos>.
 
-    Raises `ValueError` as `generate.stream` does.
+    Raises `ValueError` for a prompt that is not UTF-8, and as `generate.stream` does.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are not UTF-8
+        raise ValueError(f"prompt={prompt!r}: must be UTF-8 text") from None
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     stop = [tokenizer.eos_id]
     if speculative:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +20,12 @@ from minids.inference.generate import Sampling
 from minids.model.transformer import MiniDS
 from minids.parallel.launch import announce_run, creates_run, processes, wait_for_run
 from minids.parallel.layout import Layout
-from minids.training.checkpoint import load_model
+from minids.training.checkpoint import latest_checkpoint, load_model, read_state
 from minids.training.memory import check_training
 from minids.training.metrics import Metrics, summary_writer
 from minids.training.pretrain import Recipe, TextData, Trainer
 from minids.training.pretraining_run import PretrainingRun, create_run, read_text
-from minids.training.run import free_name, load_run, model_folder, read_metrics
+from minids.training.run import free_name, load_run, model_folder, read_metrics, removed_unless_begun
 
 VALIDATION = "validation_bits_per_byte"
 BESIDE_RESUME = {"--resume", "--steps", "--parallel", "--tensorboard", "--profile", "--device"}
@@ -74,13 +75,16 @@ def run(command: str, arguments: list[str]) -> None:
         summary_writer()  # raises for a missing package before anything is written
     with processes(device) as world:
         directory, plan, text = _open_run(options, "--steps" in named, world, device)
-        layout = Layout.parse(options.parallel, world, plan.config.num_hidden_layers)
-        trainer = _make_trainer(plan, text, layout, device, options.profile)
-        if trainer.writes_files:
-            total, active = trainer.model.num_parameters(), trainer.model.num_active_parameters()
-            print(f"{directory}: {total:,} parameters, {active:,} active; ", end="")
-            print(f"{len(text.train.tokens):,} tokens of text, {len(text.validation.tokens):,} held out", flush=True)
-        trainer.run(directory=directory, tensorboard=options.tensorboard)
+        alone = not options.resume and not dist.is_torchelastic_launched()  # torchrun's processes may restart
+        with removed_unless_begun(directory) if alone else nullcontext():
+            layout = Layout.parse(options.parallel, world, plan.config.num_hidden_layers)
+            trainer = _make_trainer(plan, text, layout, device, options.profile)
+            if trainer.writes_files:
+                total, active = trainer.model.num_parameters(), trainer.model.num_active_parameters()
+                print(f"{directory}: {total:,} parameters, {active:,} active; ", end="")
+                training, held_out = len(text.train.tokens), len(text.validation.tokens)
+                print(f"{training:,} tokens of text, {held_out:,} held out", flush=True)
+            trainer.run(directory=directory, tensorboard=options.tensorboard)
     if trainer.writes_files:
         _report(directory, trainer.step, plan.recipe.steps, device)
 
@@ -135,12 +139,17 @@ def _new(options: Options) -> tuple[PretrainingRun, Tokenizer | str]:
 
 
 def _resumed(directory: Path, options: Options, more_steps: bool) -> PretrainingRun:
-    """Return the plan of the run to resume, with a larger number of steps if requested."""
+    """Return the plan of the run to resume, with a larger number of steps if requested.
+
+    Raises `ValueError` for fewer steps and, before more of them are stored, for a damaged checkpoint.
+    """
     plan, steps = PretrainingRun.load(directory), options.recipe.steps
     if not more_steps or steps == plan.recipe.steps:
         return plan
     if steps < plan.recipe.steps:
         raise ValueError(f"--steps {steps} with --resume: must be at least the {plan.recipe.steps} steps of the run")
+    if newest := latest_checkpoint(directory / "checkpoints"):
+        read_state(newest)
     return dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, steps=steps))
 
 

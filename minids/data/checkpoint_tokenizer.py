@@ -33,10 +33,12 @@ class CheckpointTokenizer(Tokenizer):
     define <bos> and <eos>.
     """
 
-    def __init__(self, directory: str | os.PathLike) -> None:
-        directory = Path(directory)
+    def __init__(self, path: str | os.PathLike) -> None:
+        """Read the files of a folder; `path` is the folder, or its tokenizer.json, which may have another name."""
+        path = Path(path)
+        directory, file = (path, path / FILE) if path.is_dir() else (path.parent, path)
         try:
-            self._json = (directory / FILE).read_text(encoding="utf-8-sig")
+            self._json = file.read_text(encoding="utf-8-sig")
             content = json.loads(self._json)
             listed = content.get("added_tokens") or []
             self._config, model = _read_json(directory / _CONFIG), _read_json(directory / "config.json")
@@ -55,7 +57,7 @@ class CheckpointTokenizer(Tokenizer):
             template = directory / _TEMPLATE
             self._template = template.read_text(encoding="utf-8") if template.exists() else None
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{directory}: its tokenizer cannot be read: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{path}: its tokenizer cannot be read: {' '.join(str(error).split())}") from None
         self._special_ids = {name: ids.get(names.get(name, name) or "", -1) for name in SPECIAL_TOKENS}
         self.pad_id, self.bos_id, self.eos_id = (self._special_ids[name] for name in ("<pad>", "<bos>", "<eos>"))
         if min(self.bos_id, self.eos_id) < 0:

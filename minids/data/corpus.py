@@ -151,7 +151,8 @@ def _open(source: str, skipped: _Skipped) -> Iterator[Document]:
         return itertools.chain.from_iterable(_read_file(file, path, skipped) for file in _files(path))
     if path.is_file():
         return _read_file(path, None, skipped)
-    raise ValueError(f"corpus {source} does not exist: expected pydocs, stdlib, hf:DATASET, a file or a folder")
+    state = "is neither a file nor a folder" if path.exists() else "does not exist"  # a pipe or a device is neither
+    raise ValueError(f"corpus {source} {state}: expected pydocs, stdlib, hf:DATASET, a file or a folder")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -171,7 +172,10 @@ def _read_file(path: Path, folder: Path | None, skipped: _Skipped) -> Iterator[D
         return _read_jsonl(path, group, skipped)
     if suffix == ".parquet":
         return _read_parquet(path, group, skipped)
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if folder is not None and _is_binary(path, content):
         skipped.files.append(group)
         return iter([])
@@ -252,17 +256,25 @@ def _read_dataset(name: str, skipped: _Skipped) -> Iterator[Document]:
 
 
 def _stream_dataset(name: str) -> Iterator[dict]:
+    if not name.partition(":")[0].strip():
+        raise ValueError(f"corpus 'hf:{name}' names no dataset: expected hf:DATASET, such as hf:roneneldan/TinyStories")
     try:
         import datasets
+        from huggingface_hub.utils import logging as hub_logging
     except ImportError:
         raise ValueError(f"corpus hf:{name} needs the datasets library: pip install datasets") from None
 
     # A local folder may hold a colon (C:\data); elsewhere it starts the config.
     dataset, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # without network it warns of every retry; the error at the end says it once
     try:
         yield from datasets.load_dataset(dataset, config or None, split="train", streaming=True)
     except Exception as error:  # datasets and its dependencies raise many types
-        raise ValueError(f"cannot read dataset {name}: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot read dataset {name}: {reason}; check its name and the network") from None
+    finally:
+        hub_logging.set_verbosity(verbosity)
 
 
 def _documents(record: object, where: str, group: str, skipped: _Skipped) -> Iterator[Document]:

@@ -147,7 +147,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     added = content.get("added_tokens")
     names = [token.get("content") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     if names != list(SPECIAL_TOKENS):
-        return CheckpointTokenizer(path.parent)
+        return CheckpointTokenizer(path)
     try:
         return BPETokenizer(tokenizers.Tokenizer.from_str(text))
     except Exception as error:  # the library raises bare Exceptions

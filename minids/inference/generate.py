@@ -43,6 +43,7 @@ class Sampling:
         if self.top_p < 1:
             ranked, order = logp.exp().sort(-1, descending=True)
             beyond = ranked.cumsum(-1) - ranked >= self.top_p
+            beyond[..., 0] = False  # the most probable token is kept, also where top_p is 0 in float32
             logp = logp.masked_fill(torch.zeros_like(beyond).scatter_(-1, order, beyond), -torch.inf).log_softmax(-1)
         return logp
 

@@ -280,6 +280,11 @@ def _scale_name(name: str) -> str:
 
 def _check_replaceable(directory: Path) -> None:
     if not directory.exists():
+        if directory.is_symlink():
+            raise ValueError(f"{directory}: is a link that leads nowhere, must be a directory")
+        above = next(parent for parent in directory.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise ValueError(f"{directory}: {above} is a file, must be a directory")
         return
     if not directory.is_dir():
         raise ValueError(f"{directory}: is a file, must be a directory")

@@ -8,6 +8,8 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +136,32 @@ def load_model(directory: Path) -> MiniDS:
     if newest is None:
         raise ValueError(f"{directory} holds no checkpoint")
     tensors, state = load_checkpoint(newest)
-    with torch.device("meta"):
-        model = MiniDS(ModelConfig.from_dict(state["config"]))
-    model.load_state_dict(tensors["model"], assign=True)
-    if state.get("recipe", {}).get("precision") == "fp8":
-        convert_to_fp8(model)
+    with content_of(newest):
+        config, weights = ModelConfig.from_dict(state["config"]), tensors["model"]
+        if len(weights) < config.num_hidden_layers:  # a changed config could demand a billion layers
+            raise KeyError(f"{len(weights)} weights of a model with {config.num_hidden_layers} layers")
+        if len(kinds := {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}) > 1:
+            raise TypeError(f"weights of several dtypes, {', '.join(sorted(map(str, kinds)))}")
+        with torch.device("meta"):
+            model = MiniDS(config)
+        model.load_state_dict(weights, assign=True)
+        if state.get("recipe", {}).get("precision") == "fp8":
+            convert_to_fp8(model)
     return model
+
+
+@contextmanager
+def content_of(folder: Path) -> Iterator[None]:
+    """Raise `ValueError` naming a checkpoint where the block finds that its files, although intact, do not fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if "DefaultCPUAllocator" in str(error):  # out of memory, which torch reports so on CPUs
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder} does not hold a run of this model: {type(error).__name__}: {reason}") from None
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:

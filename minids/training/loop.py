@@ -23,6 +23,7 @@ from minids.files import flush_to_disk
 from minids.model.transformer import MiniDS
 from minids.training.checkpoint import (
     checkpoints,
+    content_of,
     latest_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
@@ -154,15 +155,16 @@ class Loop(ABC):
 
     def load(self, folder: Path) -> None:
         """Restore the state of a checkpoint. Raises `ValueError` if it is damaged or of another config or recipe."""
-        state = read_state(folder)
-        if ModelConfig.from_dict(state["config"]) != self.model.config:  # fields that are newer have their defaults
-            raise ValueError(f"{folder} is of a model with another config: resume with the config of the run")
-        for name, value in dataclasses.asdict(self.recipe).items():
-            was = state["recipe"].get(name, value)
-            if was != value and not (name == "steps" and was < value):  # more steps are allowed
-                raise ValueError(f"{name}={value!r}: the run was started with {was!r}")
-        self.load_state(state)
-        self.load_tensors(folder)
+        with content_of(folder):
+            state = read_state(folder)
+            if ModelConfig.from_dict(state["config"]) != self.model.config:  # fields that are newer have their defaults
+                raise ValueError(f"{folder} is of a model with another config: resume with the config of the run")
+            for name, value in dataclasses.asdict(self.recipe).items():
+                was = state["recipe"].get(name, value)
+                if was != value and not (name == "steps" and was < value):  # more steps are allowed
+                    raise ValueError(f"{name}={value!r}: the run was started with {was!r}")
+            self.load_state(state)
+            self.load_tensors(folder)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the JSON part of a checkpoint."""

@@ -8,8 +8,9 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,8 +52,8 @@ def read_run(directory: Path) -> dict[str, Any]:
 
 @contextmanager
 def described_by(directory: Path) -> Iterator[None]:
-    """Raise `ValueError` naming run.json where the block finds that its fields do not describe a run."""
-    path = directory / "run.json"
+    """Raise `ValueError` naming run.json (or the file of version 0.1) where the block finds that it is no run."""
+    path = next((directory / name for name in OLD_FILES if (directory / name).is_file()), directory / "run.json")
     try:
         yield
     except (KeyError, TypeError, AttributeError):
@@ -83,8 +84,18 @@ def model_folder(directory: Path) -> Path:
 
 
 def load_run(directory: Path, device: str = "cpu") -> tuple[MiniDS, Tokenizer]:
-    """Load the tokenizer and the newest checkpoint's model, in evaluation mode. Raises `ValueError` if damaged."""
-    return load_model(model_folder(directory)).to(device).eval(), load_tokenizer(directory)
+    """Load the tokenizer and the newest checkpoint's model, in evaluation mode.
+
+    Raises `ValueError` if one of them is damaged, if they do not belong together, and for weights that are not finite.
+    """
+    model, tokenizer = load_model(model_folder(directory)), load_tokenizer(directory)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        rule = f"is larger than the model's {model.config.vocab_size}: tokenizer.json is that of another run"
+        raise ValueError(f"{directory}: the tokenizer's vocabulary of {tokenizer.vocab_size} {rule}")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{directory}: {name} holds NaN or infinite weights: train or import the model again")
+    return model.to(device).eval(), tokenizer
 
 
 def _is_run(directory: Path) -> bool:
@@ -96,13 +107,28 @@ def newest_run() -> Path:
     runs = [path for path in RUNS.glob("*") if _is_run(path)]
     if not runs:
         raise ValueError(f"there is no run under {RUNS}/: train one first")
-    return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+    return max(runs, key=lambda run: max(path.lstat().st_mtime for path in run.iterdir()))  # a link may lead nowhere
 
 
 def free_name(name: str) -> str:
     """Return `name`, or `name`-2, -3, ... if it is taken under runs/."""
     candidates = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
     return next(name for name in candidates if not (RUNS / name).exists())
+
+
+@contextmanager
+def removed_unless_begun(directory: Path) -> Iterator[None]:
+    """Delete a new run's folder where the block raises before the metrics of a first step or a checkpoint are there."""
+    try:
+        yield
+    except BaseException:
+        metrics = directory / "metrics.jsonl"
+        begun = metrics.exists() and metrics.stat().st_size > 0
+        if not begun and latest_checkpoint(directory / "checkpoints") is None:
+            shutil.rmtree(directory, ignore_errors=True)
+            with suppress(OSError):  # runs/ itself, where this was its first run
+                directory.parent.rmdir()
+        raise
 
 
 def read_metrics(directory: Path) -> list[Metrics]:

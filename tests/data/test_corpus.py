@@ -180,6 +180,21 @@ def test_hugging_face_config_and_errors(tmp_path, monkeypatch):
         list(read_documents("hf:roneneldan/TinyStories"))
 
 
+def test_hub_out_of_reach_is_one_error_without_lines_of_retries(monkeypatch, caplog):
+    datasets = pytest.importorskip("datasets")
+    from huggingface_hub.utils import logging as hub
+
+    def load_dataset(*args, **kwargs):
+        hub.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    before = hub.get_verbosity()
+    with pytest.raises(ValueError, match="cannot read dataset a/b: ConnectionError; check its name and the network"):
+        list(read_documents("hf:a/b"))
+    assert caplog.messages == [] and hub.get_verbosity() == before
+
+
 def test_max_bytes_cuts_between_characters(tmp_path):
     _write_jsonl(tmp_path / "a.jsonl", [{"text": "abc"}, {"text": "ééé"}, {"text": "never read"}])
     source = str(tmp_path / "a.jsonl")

@@ -6,9 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from test_mistakes import TRAIN
 
 from minids.cli.main import main
+from minids.data.tokenizer import SymbolTokenizer
+from minids.training.checkpoint import write_state
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,78 @@ def test_damaged_checkpoint_names_the_older_one(damaged, refused, minids, kind):
     assert minids("sample", "runs/good", "--prompt", "a", "--max-new-tokens", "2")[0] == 0
 
 
+def test_more_steps_are_not_stored_where_the_checkpoint_is_damaged(damaged, refused):
+    (damaged / "checkpoints/step-00000004/optimizer.safetensors").write_bytes(b"")
+    refused("train --resume runs/good --steps 6 --device cpu", OLDER)  # run.json is as it was
+
+
+def rewrite(run, file, change, change_state=lambda state: state):
+    """Change the tensors of a file of the newest checkpoint, and its state, with the checksums that fit."""
+    folder = run / "checkpoints/step-00000004"
+    path, state = folder / f"{file}.safetensors", json.loads((folder / "state.json").read_text())["state"]
+    save_file(change(load_file(path)), path)
+    (folder / "state.json").unlink()
+    write_state(folder, change_state(state))
+
+
+def change_weight(run, name, change):
+    rewrite(run, "model", lambda tensors: tensors | {name: change(tensors[name])})
+
+
+def config(**fields):
+    return lambda state: state | {"config": state["config"] | fields}
+
+
+NAME = "layers.1.ffn_norm.weight"
+FOREIGN = {
+    "no weight": ("model", lambda tensors: {n: t for n, t in tensors.items() if n != NAME}),
+    "another weight": ("model", lambda tensors: tensors | {"zzz": torch.zeros(1)}),
+    "no weights": ("model", lambda tensors: {}),
+    "another shape": ("model", lambda tensors: tensors | {NAME: torch.zeros(3)}),
+    "a billion layers": ("model", dict, config(num_hidden_layers=10**9)),
+    "another width": ("model", dict, config(hidden_size=32)),
+    "no config": ("model", dict, lambda state: {n: v for n, v in state.items() if n != "config"}),
+    "config is a number": ("model", dict, lambda state: state | {"config": 3}),
+    "recipe is null": ("model", dict, lambda state: state | {"recipe": None}),
+}
+FOREIGN_RUN = {
+    "no step": ("model", dict, lambda state: {n: v for n, v in state.items() if n != "step"}),
+    "no position": ("model", dict, lambda state: {n: v for n, v in state.items() if n != "data"}),
+    "no random state": ("random", lambda tensors: {}),
+    "short random state": ("random", lambda tensors: {"cpu": tensors["cpu"][:3]}),
+    "random state of floats": ("random", lambda tensors: {"cpu": tensors["cpu"].float()}),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN | FOREIGN_RUN)
+def test_checkpoint_that_is_intact_but_of_something_else_is_refused(damaged, refused, kind):
+    rewrite(damaged, *(FOREIGN | FOREIGN_RUN)[kind])
+    refused("train --resume runs/good --device cpu", "runs/good/checkpoints/step-00000004")
+    if kind in FOREIGN:
+        for command in ("sample runs/good --prompt a", "export runs/good out"):
+            refused(command, "step-00000004 does not hold a run of this model: ")
+
+
+def test_weights_of_other_dtypes_are_not_loaded(damaged, refused):
+    change_weight(damaged, NAME, lambda tensor: tensor.half())
+    refused("sample runs/good --prompt a", "weights of several dtypes, torch.float16, torch.float32")
+    rewrite(damaged, "model", lambda tensors: {n: tensor.long() for n, tensor in tensors.items()})
+    refused("sample runs/good --prompt a", "step-00000004 does not hold a run of this model: ")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_sampled_nor_exported(damaged, refused, value):
+    change_weight(damaged, "layers.1.ffn_norm.weight", lambda tensor: tensor.index_fill(0, torch.tensor([3]), value))
+    for command in ("sample runs/good --prompt a", "export runs/good out"):
+        refused(command, "runs/good: layers.1.ffn_norm.weight holds NaN or infinite weights")
+
+
+def test_tokenizer_of_another_run_is_refused_where_it_has_more_tokens(damaged, refused):
+    SymbolTokenizer([chr(i) for i in range(32, 700)]).save(damaged)
+    for command in ("sample runs/good --prompt a", "export runs/good out"):
+        refused(command, "runs/good: the tokenizer's vocabulary of 677 is larger than the model's 265")
+
+
 def test_only_checkpoint_that_is_damaged_names_no_other(damaged, refused):
     shutil.rmtree(damaged / "checkpoints/step-00000002")
     (damaged / "checkpoints/step-00000004/model.safetensors").write_bytes(b"")
@@ -147,19 +223,37 @@ def test_finished_run_without_metrics_is_reported(damaged, minids, content):
 def test_damaged_description_of_reinforcement_learning_is_refused(folder, refused, kind, content):
     Path("runs/x").mkdir(parents=True)
     Path(f"runs/x/{kind}.json").write_text(content)
-    refused(f"{kind} --resume runs/x --device cpu", "runs/x/")
+    refused(f"{kind} --resume runs/x --device cpu", f"runs/x/{kind}.json")
 
 
 def test_export_refuses_a_folder_that_is_no_export(damaged, refused):
     Path("file.txt").write_text("a")
-    for destination in ("runs/good", ".", "file.txt", "file.txt/x"):
-        refused(f"export runs/good {destination}", "")
+    Path("loop").symlink_to("loop")
+    Path("dangling").symlink_to("gone")
+    for destination, message in {
+        "runs/good": "is not an earlier export (it holds 'checkpoints')",
+        ".": "is not an earlier export",
+        "file.txt": "file.txt: is a file, must be a directory",
+        "file.txt/x": "file.txt is a file, must be a directory",
+        "file.txt/x/y": "file.txt is a file, must be a directory",
+        "loop": "loop: is a link that leads nowhere",
+        "dangling": "dangling: is a link that leads nowhere",
+    }.items():
+        refused(f"export runs/good {destination}", message)
 
 
 def test_export_says_that_it_replaces_an_earlier_one(damaged, minids):
     assert "earlier" not in minids("export", "runs/good", "out")[1]
     assert "in place of an earlier export" in minids("export", "runs/good", "out")[1]
     assert Path("out/tokenizer.json").exists()
+
+
+def test_smallest_nucleus_holds_one_token(damaged, minids):
+    greedy, nucleus = (
+        minids("sample", "runs/good", "--prompt", "a", "--max-new-tokens", "4", *options)
+        for options in (("--temperature", "0"), ("--top-p", "1e-300"))
+    )
+    assert nucleus == greedy and greedy[0] == 0
 
 
 def test_sampling_options_beyond_their_range_are_refused(damaged, refused):
@@ -169,6 +263,6 @@ def test_sampling_options_beyond_their_range_are_refused(damaged, refused):
         "--top-p 0": "top_p=0.0",
         "--max-new-tokens 0": "max_new_tokens=0: must be at least 1",
         "--max-new-tokens 100000": "the context holds",
-        "--prompt \udc80": "",
+        "--prompt \udc80": "prompt='\\udc80': must be UTF-8 text",
     }.items():
         refused(["sample", "runs/good", "--prompt", "a", *options.split(" ")], message)

@@ -38,6 +38,7 @@ OPTIONS = {
     "train --parallel ep=\u0661": "ep='\u0661': must be a whole number",
     "train --parallel garbage": "parallel='garbage': allows pp, dp, ep, schedule",
     "train --data": "data=(): must name at least one source of text",
+    "train --data hf:": "corpus 'hf:' names no dataset: expected hf:DATASET",
     "train extra": "extra",
     "sample --prompt a": "there is no run under runs/: train one first",
     "sample --seed -1": "seed=-1",
@@ -45,7 +46,7 @@ OPTIONS = {
     "export runs/none out": "runs/none holds no checkpoint",
     "import . theirs": "config.json",
     "rl --group-size 1": "group_size=1: must be at least 2",
-    "rl --base-steps 0": "steps=0",
+    "rl --base-steps 0": "base_steps=0: must be a whole number, at least 1",
     "rl --learning-rate 0": "learning_rate=0",
     "rl --base nowhere": "nowhere holds no checkpoint",
     "rl --format-weight nan": "format_weight=nan: must be a finite number",
@@ -59,6 +60,8 @@ OPTIONS = {
     "schedule dualpipe --ranks 3": "must be even",
     "schedule dualpipe --ranks 8 --micro-batches 3": "micro_batches=3: must be even",
     "schedule --png no/chart.png": "no/chart.png",
+    "schedule dualpipe --ranks 8 --micro-batches 100000": "micro_batches=100000: must be at most 4,096 with 8 ranks",
+    "schedule gpipe --ranks 100000 --micro-batches 1": "ranks=100000: must be at most 1,024",
     "bench speed": "'speed'",
     "bench train --repeats 1": "repeats=1",
     "bench train --repeats 0": "repeats=0",
@@ -171,16 +174,26 @@ def test_bad_text_is_refused(refused, name):
     refused([*TRAIN, "--data", name], message)
 
 
-@pytest.mark.parametrize(
-    "name", ["folder", "pictures", "nowhere", "link", "pipe", "/dev/null", "a\0b", "hf:"], ids=ascii
-)
+SOURCES = {
+    "folder": "holds no text",
+    "pictures": "x.png",
+    "nowhere": "does not exist",
+    "link": "does not exist",
+    "pipe": "pipe is neither a file nor a folder",
+    "/dev/null": "is neither a file nor a folder",
+    "a\0b": "does not exist",
+    "text.jsonl/x": "does not exist",
+}
+
+
+@pytest.mark.parametrize("name", SOURCES, ids=ascii)
 def test_source_that_is_no_text_file_is_refused(refused, name):
     Path("folder").mkdir()
     Path("pictures").mkdir()
     Path("pictures/x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     Path("link").symlink_to("link")
     os.mkfifo("pipe")
-    refused([*TRAIN, "--data", name], "x.png" if name == "pictures" else "")
+    refused([*TRAIN, "--data", name], SOURCES[name])
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)

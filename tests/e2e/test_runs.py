@@ -87,3 +87,12 @@ def test_one_process_at_a_time_works_in_a_run(tmp_path):
                 pass
     with locked(tmp_path):
         pass
+
+
+def test_newest_run_is_found_beside_links_that_lead_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/one").mkdir(parents=True)
+    Path("runs/one/run.json").write_text("{}")
+    Path("runs/one/backup").symlink_to("/nowhere")
+    Path("runs/two").symlink_to("/nowhere")
+    assert newest_run() == Path("runs/one")

@@ -144,6 +144,34 @@ def test_full_disk_under_the_output_is_one_line():
     assert finished.stderr.count("\n") == 1 and "No space left on device" in finished.stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_stream_is_no_error(folder, closed):
+    command = f"{shlex.quote(sys.executable)} -m minids %s {closed}"
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    for arguments, status in (("schedule gpipe --ranks 2 --micro-batches 2", 0), ("schedule gpipe --ranks 0", 2)):
+        finished = subprocess.run(
+            command % arguments, shell=True, cwd=folder, capture_output=True, text=True, timeout=120, env=environment
+        )
+        assert finished.returncode == status and finished.stderr.count("\n") <= 1, finished.stderr
+        assert bool(finished.stdout) == (status == 0 and ">&-" not in closed.replace("2>&-", ""))
+
+
+@pytest.mark.parametrize("columns", ["1", "5", "0"])
+def test_help_on_a_narrow_terminal_has_readable_lines(minids, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    status, out, _ = minids("schedule", "--help")
+    assert status == 0 and "Number of devices" in out
+
+
+def test_error_is_reported_where_a_cluster_has_set_rank(minids, monkeypatch):
+    """Job managers set RANK, too; only torchrun's further processes are silent."""
+    monkeypatch.setenv("RANK", "1")
+    assert "ranks=0: must be at least 1" in minids("schedule", "--ranks", "0")[2]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert minids("schedule", "--ranks", "0") == (2, "", "")
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_output_that_is_not_utf8_ends_no_command(folder, monkeypatch, encoding):
     """A young model's text is full of U+FFFD, and a student's name may have any letters."""
@@ -191,9 +219,32 @@ def test_unforeseen_error_is_one_line_that_says_how_to_see_more(minids, monkeypa
     status, _, error = minids("train")
     assert status == 1 and error.startswith("minids: KeyError: 'a") and error.count("\n") == 1
     assert "set MINIDS_TRACEBACK=1" in error and "MINIDS_TRACEBACK=1" in cli.HELP
+    monkeypatch.setenv("MINIDS_TRACEBACK", "0")
+    assert minids("train")[2].count("\n") == 1
     monkeypatch.setenv("MINIDS_TRACEBACK", "1")
     status, _, error = minids("train")
     assert status == 1 and error.startswith("Traceback") and "in run" in error and "\nminids: KeyError" in error
+
+
+def test_failure_before_the_first_step_leaves_no_run_and_a_later_one_does(folder, minids, monkeypatch):
+    original, failing = Trainer.train_step, 1
+
+    def train_step(self):
+        if self.step == failing - 1:
+            raise MemoryError
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    before = sorted(folder.rglob("*"))
+    status, _, error = minids(*TRAIN)
+    assert status == 2 and "out of memory: lower --micro-batch-size" in error
+    assert sorted(folder.rglob("*")) == before
+    failing = 3
+    assert minids(*TRAIN)[0] == 2
+    assert Path("runs/nano/metrics.jsonl").read_text().count("\n") == 2
+    failing = 1000  # the metrics of a run with no checkpoint are computed again
+    status, out, error = minids("train", "--resume", "runs/nano", "--device", "cpu")
+    assert status == 0 and "bits per byte" in out, error
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), None])

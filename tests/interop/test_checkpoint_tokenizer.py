@@ -199,6 +199,15 @@ def test_files_with_a_byte_order_mark_are_read(folder, tmp_path):
     assert load_tokenizer(copy).encode(TEXTS[2]) == CheckpointTokenizer(folder).encode(TEXTS[2])
 
 
+def test_a_file_of_another_name_is_read_itself_not_the_tokenizer_beside_it(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "tokenizer.json").rename(copy / "theirs.json")
+    words = [load_tokenizer(copy / "theirs.json").encode(text) for text in TEXTS]
+    assert words == [CheckpointTokenizer(folder).encode(text) for text in TEXTS]
+    (copy / "tokenizer.json").write_text('{"model": {}}')  # another one beside it
+    assert [load_tokenizer(copy / "theirs.json").encode(text) for text in TEXTS] == words
+
+
 BROKEN = {
     "no bos": ("tokenizer_config.json", {"bos_token": None}, "must name a bos_token and an eos_token"),
     "unknown eos": ("tokenizer_config.json", {"eos_token": "<none>"}, "must name a bos_token and an eos_token"),

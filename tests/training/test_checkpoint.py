@@ -114,6 +114,13 @@ def test_a_failed_write_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path,
     assert load_checkpoint(latest_checkpoint(tmp_path))[1]["step"] == 1
 
 
+def test_writing_a_folder_removes_its_own_unfinished_copies_only(tmp_path):
+    for name in (".*.1.new", ".other.1.new"):
+        (tmp_path / name).mkdir()
+    save_checkpoint(tmp_path / "*", {"model": {}}, {"step": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["*", ".other.1.new"]
+
+
 def test_an_existing_checkpoint_is_not_overwritten(tmp_path):
     save_checkpoint(tmp_path / "step-00000001", TENSORS, {"step": 1})
     with pytest.raises(ValueError, match="exists already"):
