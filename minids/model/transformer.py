@@ -154,9 +154,9 @@ class MiniDS(nn.Module):
             if self.engram is not None:
                 x = self.engram(i, x, ngrams)
             given = None
-            if isinstance(layer.ffn, MoE) and experts is not None:
+            if experts is not None and isinstance(layer.ffn, MoE):
                 given = experts[len(routings)]
-            elif isinstance(layer.ffn, MoE) and self.hash_routing is not None:
+            elif self.hash_routing is not None and isinstance(layer.ffn, MoE):
                 given = self.hash_routing(len(routings), tokens)
             x, routing = layer(x, context, cache and cache.layers[i], given)
             if routing is not None:
