@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minids.course.live_bytes import LiveBytes
+from minids.training.live_bytes import LiveBytes
 from minids.training.loss import summed_cross_entropy
 
 

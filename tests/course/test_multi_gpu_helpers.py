@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minids.course.claims import COMPUTED, HOW, MEASURED, QUOTED, claims_table
 from minids.course.counted_bytes import CountedBytes
-from minids.course.live_bytes import LiveBytes
 from minids.course.stacked import stacked_bars
 from minids.parallel.launch import launch
+from minids.training.live_bytes import LiveBytes
 
 CLAIMS = Path(__file__).parents[2] / "docs/CLAIMS.md"
 

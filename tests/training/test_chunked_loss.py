@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from training.helpers import nano
 
 from minids.cli.loss_memory import peaks
-from minids.course.live_bytes import LiveBytes
 from minids.data.batches import Batch
 from minids.reasoning import rollout
 from minids.reasoning.rollout import token_logps
 from minids.training import chunked_loss, loss
 from minids.training.chunked_loss import in_chunks
+from minids.training.live_bytes import LiveBytes
 from minids.training.loss import IGNORED, LossDenominators, bits_per_byte, losses, summed_cross_entropy, targets
 
 ROWS, SEQ = 3, 13  # 36 positions for the next token, 33 and 30 for those after it: multiples of no chunk but 1 and 3
