@@ -19,7 +19,6 @@ tokens; any speed. Results go to benchmarks/results/compressed_attention.json.
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from minids.config import ModelConfig
+from minids.course.experiment import record
 from minids.course.token_choice import copy_accuracy, passages
-from minids.files import atomic_write_text
 from minids.model.compressed_attention import CompressedAttention
 from minids.model.kv_cache import IndexerTraining
 from minids.model.sparse_attention import set_trained_parameters
@@ -100,7 +99,7 @@ def run(seed: int, chosen: Sequence[int] = CHOSEN) -> dict:
     found["warm-up"] = {"first": losses[0], "last": losses[-1]}
     found["warmed up"] = {k: copy_accuracy(choosing(model, k), HALF) for k in chosen}
     found["cpu_seconds"] = time.process_time() - began
-    return json.loads(json.dumps(found), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+    return found
 
 
 def main(*arguments: str) -> None:
@@ -113,16 +112,8 @@ def main(*arguments: str) -> None:
     for seed in options.seeds:
         runs.append(run(seed))
         print(json.dumps(runs[-1]), flush=True)
-    results = {
-        "command": "python benchmarks/compressed_attention.py",
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()},
-        "config": CONFIG.to_dict(),
-        "batch_size": BATCH,
-        "learning_rate": LEARNING_RATE,
-        "steps": STEPS,
-        "runs": runs,
-    }
-    atomic_write_text(options.results, json.dumps(results, indent=1) + "\n")
+    settings = {"config": CONFIG.to_dict(), "batch_size": BATCH, "learning_rate": LEARNING_RATE, "steps": STEPS}
+    record(options.results, command="python benchmarks/compressed_attention.py", **settings, runs=runs)
 
 
 if __name__ == "__main__":

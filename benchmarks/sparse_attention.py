@@ -16,8 +16,6 @@ model needs far tokens, and any speed, since sequences are short.
 """
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from minids.config import ModelConfig
+from minids.course.experiment import record
 from minids.course.token_choice import by_probability, by_window, caught_mass, choosing, copy_accuracy, passages
-from minids.files import atomic_write_text
 from minids.model.kv_cache import IndexerTraining
 from minids.model.sparse_attention import set_trained_parameters
 from minids.model.transformer import MiniDS
@@ -113,16 +111,8 @@ def main(*arguments: str) -> None:
         accuracies = {name: runs[-1][name][str(CHOSEN[0])]["accuracy"] for name in ("window", "untrained", "exact")}
         warmed = runs[-1]["warmed up"][str(CHOSEN[0])]["accuracy"]
         print(f"seed {seed}: dense {runs[-1]['dense']}, k = {CHOSEN[0]}: {accuracies}, warmed up {warmed}", flush=True)
-    results = {
-        "command": "python benchmarks/sparse_attention.py",
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()},
-        "config": CONFIG.to_dict(),
-        "batch_size": BATCH,
-        "steps": STEPS,
-        "learning_rates": LEARNING_RATES,
-        "runs": runs,
-    }
-    atomic_write_text(options.results, json.dumps(results, indent=1) + "\n")
+    settings = {"config": CONFIG.to_dict(), "batch_size": BATCH, "steps": STEPS, "learning_rates": LEARNING_RATES}
+    record(options.results, command="python benchmarks/sparse_attention.py", **settings, runs=runs)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,14 @@ def test_without_layers_the_judge_is_outside_all_the_same():
     assert sum(points for _, points, _ in judge.judge(forged, 0, 60.0, ())) == 0
 
 
+def test_the_limit_is_processor_time(layers):
+    """A call may wait longer than it may compute, as it does where others have the processors."""
+    with closing(judge.Student(layers)) as student:
+        assert student.run_all(["import time\ntime.sleep(3)"], 2.0) == ""
+        assert "took too long" in student.run_all(["while True: pass"], 2.0)
+        assert "took too long" in student.run_all(["time.sleep(600)"], 2.0)
+
+
 LOOKING = """
 import os
 opened = []

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import real_model as benchmark
+from minids.course.notebooks import ROOT
 
 RECIPE = {"steps": 2, "prompts": 2, "group_size": 4, "learning_rate": 1e-3, "max_new_tokens": 6, "micro_batch": 3}
 CHARACTERS = ["\n", *"0123456789+ =-abc"]
@@ -155,3 +156,26 @@ def test_main_stores_each_run_once(model, tokenizer, digits_count, monkeypatch, 
     assert runs[0]["after"] != runs[0]["before"]
     monkeypatch.setattr(benchmark, "train", None)  # would raise
     benchmark.main()
+
+
+def test_chapter_and_table_say_what_is_stored():
+    runs = json.loads(benchmark.RESULTS.read_text())["runs"]
+    assert {name.split(",")[0] for name in runs} == set(benchmark.REWARDS)
+    assert all(len(run["steps"]) == benchmark.RECIPE["steps"] for run in runs.values())
+    (before,) = {(run["before"]["pass@1"], run["before"]["greedy pass@1"]) for run in runs.values()}
+    after = {
+        key: [run["after"][key] for name, run in runs.items() if "correct" in name]
+        for key in ("pass@1", "greedy pass@1")
+    }
+    chapter = (ROOT / "chapters" / "09_r1_zero.ipynb").read_text(encoding="utf-8")
+    assert f"from {before[0]:.2f} to {', '.join(f'{x:.2f}' for x in after['pass@1'])}" in chapter
+    assert f"greedy from {before[1]:.2f} to {', '.join(f'{x:.2f}' for x in after['greedy pass@1'])}" in chapter
+    control = runs["shuffled, seed 0"]["after"]["pass@1"]
+    table = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"| rewarded by rule | 0 1 2 | {before[0]:.2f} | {' '.join(f'{x:.2f}' for x in after['pass@1'])} |".replace(
+            "0.", "."
+        )
+        in table
+    )
+    assert f"permuted within each group | 0 | {before[0]:.2f} | {control:.2f} |".replace("0.", ".") in table

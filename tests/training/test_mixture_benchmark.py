@@ -37,3 +37,12 @@ def test_a_run_is_evaluated_after_every_fifth_of_its_steps(config, monkeypatch):
     run = mixture_on_text.train(config, Recipe(steps=10, batch_size=2, seq_len=32, evaluation_batches=2))
     assert run["tokens"] == [64 * step for step in (2, 4, 6, 8, 10)]
     assert run["bits_per_byte"][-1] < run["bits_per_byte"][0]
+
+
+def test_the_stored_gain_exceeds_what_seeds_change():
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))["variants"]
+    ends = {name: [run["bits_per_byte"][-1] for run in variant["runs"]] for name, variant in found.items()}
+    spread = max(max(bits) - min(bits) for bits in ends.values())
+    assert min(ends["dense"]) - max(ends["mixture"]) > spread
+    seconds = {name: sum(run["cpu_seconds"] for run in variant["runs"]) for name, variant in found.items()}
+    assert 1.2 < seconds["mixture"] / seconds["dense"] < 1.5, "chapter 05: a step takes a third longer"
