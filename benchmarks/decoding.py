@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from minids.cli.bench import CONFIG, in_transformers
+from minids.cli.side_by_side import CONFIG, in_transformers
 from minids.config import ModelConfig
 from minids.course.experiment import record
 from minids.inference.compiled import FusedDecoder, load_step

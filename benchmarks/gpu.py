@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minids import cost
-from minids.cli.bench import CONFIG
+from minids.cli.side_by_side import CONFIG
 from minids.config import ModelConfig
 from minids.course.experiment import record
 from minids.fp8.linear import convert_to_fp8

@@ -1,6 +1,6 @@
 """What the choice of tokens is worth on a task that needs far ones: the copy task behind the chapter on DSA.
 
-    python benchmarks/sparse_attention.py      three seeds: four minutes of one core
+    python benchmarks/sparse_attention.py      three seeds: three minutes of one core
 
 A sequence is a passage of 48 random tokens out of 64, then the same passage again. Each token of the second half can be
 predicted from the first half alone, and from no window of neighbours. A model of two layers learns it with dense

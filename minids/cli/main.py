@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from minids.freed_memory import keep_freed_memory
 from minids.threads import openmp_settings
 
 COMMANDS = {
@@ -83,6 +84,7 @@ def main() -> int:
     command: 130 for Ctrl-C, 141 where the reader of the output has gone.
     """
     os.environ |= openmp_settings(os.environ)
+    keep_freed_memory()
     if shutil.get_terminal_size().columns < NARROWEST:  # help on fewer columns is no text, and on one never ends
         os.environ["COLUMNS"] = str(NARROWEST)
     _open_closed_streams()

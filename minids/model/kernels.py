@@ -1,6 +1,8 @@
-"""Operations with a hand-written backward, where PyTorch has no fused CPU kernel."""
+"""Operations with a hand-written backward, where PyTorch has no fused CPU kernel, or none that compiles."""
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 
 class RMSNormOnCPU(torch.autograd.Function):
@@ -24,3 +26,35 @@ class RMSNormOnCPU(torch.autograd.Function):
         mean = (grad_y @ weight)[..., None] / x.shape[-1]
         grad_x = (grad * weight).addcmul_(y, mean, value=-1).mul_(inverse_rms)
         return grad_x, grad_y.reshape(-1, x.shape[-1]).sum(0), None
+
+
+@torch.library.custom_op("minids::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`F.grouped_mm(x, weight, offs=ends)` for `torch.compile`, which takes that of bfloat16 only (PyTorch 2.13)."""
+    return F.grouped_mm(x, weight, offs=ends)
+
+
+@torch.library.custom_op("minids::grouped_mm_backward", mutates_args=())
+def _grouped_mm_backward(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return F.grouped_mm(grad, weight.mT, offs=ends), F.grouped_mm(x.mT, grad, offs=ends)
+
+
+@grouped_mm.register_fake
+def _(x, weight, ends):
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@_grouped_mm_backward.register_fake
+def _(grad, x, weight, ends):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    return *_grouped_mm_backward(grad.contiguous(), *ctx.saved_tensors), None
+
+
+grouped_mm.register_autograd(_backward, setup_context=_keep)

@@ -27,7 +27,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
-        if x.requires_grad and x.device.type == "cpu" and x.dtype == self.weight.dtype != torch.bfloat16:
+        by_hand = x.requires_grad and x.device.type == "cpu" and x.dtype == self.weight.dtype != torch.bfloat16
+        if by_hand and not torch.compiler.is_compiling():  # the compiler fuses the operations itself
             return RMSNormOnCPU.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 

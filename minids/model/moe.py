@@ -9,7 +9,6 @@ Notable choices:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
+from minids.model.kernels import grouped_mm
 from minids.model.layers import SwiGLU, at_least_float32
 
 
@@ -29,10 +29,11 @@ class Routing:
     weights: Float[Tensor, "batch seq k"]
     scores: Float[Tensor, "batch seq experts"]
 
-    @cached_property
+    @property
     def tokens_per_expert(self) -> Int[Tensor, "experts"]:
-        """Number of tokens routed to each expert."""
-        return torch.bincount(self.experts.flatten(), minlength=self.scores.shape[-1])
+        """Number of tokens routed to each expert (`bincount` would have a GPU wait for the length of the result)."""
+        chosen = self.experts.flatten()
+        return chosen.new_zeros(self.scores.shape[-1]).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 def sqrt_softplus(logits: Float[Tensor, "*tokens experts"]) -> Float[Tensor, "*tokens experts"]:
@@ -120,7 +121,8 @@ def grouped_matmul(
         x, weight = x.to(dtype), weight.to(dtype)
     aligned = all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
     if aligned and x.dtype != torch.float64:
-        return F.grouped_mm(x, weight, offs=tokens_per_expert.cumsum(0).to(torch.int32))
+        ends = tokens_per_expert.cumsum(0).to(torch.int32)
+        return grouped_mm(x, weight, ends) if torch.compiler.is_compiling() else F.grouped_mm(x, weight, offs=ends)
     first_row = tokens_per_expert.cumsum(0) - tokens_per_expert
     expert = torch.arange(len(weight), device=x.device).repeat_interleave(tokens_per_expert)
     slot = torch.arange(len(x), device=x.device) - first_row[expert]

@@ -9,6 +9,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from minids.model.kv_cache import IndexerTraining, IndexStage
 from minids.model.moe import max_violation
 from minids.model.sparse_attention import set_trained_parameters
 from minids.model.transformer import MiniDS
+from minids.training.compile import compile_layers
 from minids.training.loop import Diverged, Loop
 from minids.training.loss import LossDenominators, Losses, bits_per_byte, losses
 from minids.training.lr_schedule import LRSchedule
@@ -121,9 +123,12 @@ def check(config: ModelConfig, data: TextData, recipe: Recipe) -> None:
 
 
 class Trainer(Loop):
-    """Pre-training loop; its checkpoints also hold the position in the training data."""
+    """Pre-training loop; its checkpoints also hold the position in the training data.
 
-    def __init__(self, model: MiniDS, data: TextData, recipe: Recipe):
+    With `compiled`, the layers are compiled for training (compile.py).
+    """
+
+    def __init__(self, model: MiniDS, data: TextData, recipe: Recipe, compiled: bool = False):
         check(model.config, data, recipe)
         if recipe.precision == "fp8":
             convert_to_fp8(model)
@@ -135,6 +140,9 @@ class Trainer(Loop):
         optimizers = make_optimizers(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.moments)
         self.qk_clip = QKClip(model, recipe.qk_clip) if recipe.qk_clip is not None else None
         super().__init__(model, recipe, optimizers)
+        self.compiled = compiled
+        if compiled:
+            compile_layers(model, recipe.precision)
         self.data, self.schedule = data, LRSchedule(recipe.steps, recipe.warmup_steps)
         self.stream = training_batches(data, recipe)
 
@@ -210,7 +218,9 @@ class Trainer(Loop):
     def evaluate(self) -> float:
         """Compute the bits per byte of a fixed sample of the validation text."""
         self.model.eval()
-        return bits_per_byte(self.model, validation_batches(self.data, self.recipe), self.data.tokenizer.token_bytes())
+        batches, token_bytes = validation_batches(self.data, self.recipe), self.data.tokenizer.token_bytes()
+        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+            return bits_per_byte(self.model, batches, token_bytes)
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"data": self.stream.state_dict()}

@@ -59,7 +59,7 @@ def mla_absorbed(config: ModelConfig | None = None) -> Diagram:
     d.box("qr", 5.0, 3.0, "$q^R$", shape(heads, rope), width=2.0)
     d.box("latent", 9.0, 3.0, "latents $c^{KV}$", shape("s", rank), "cache", 2.4)
     d.box("kr", 13.2, 3.0, "keys $k^R$", shape("s", rope), "cache", 1.9)
-    d.note(9.0, 1.9, "of all s tokens, from earlier steps", align="center")
+    d.note(9.0, 1.9, "of all s tokens, the new one's too", align="center")
     d.arrow("query", "qc")
     d.arrow("query", "qr")
 
@@ -116,7 +116,7 @@ def lookup_task() -> Diagram:
     d.box("rotated", 14.0, 1.65, "$k^R$", shape(mla.qk_rope_head_dim), "cache", 1.6, 0.8)
     for head in range(heads):
         x = 7.9 + 1.15 * head
-        d.box(f"key {head}", x, 2.85, f"$k_{head + 1}$", "", "idle", 0.95, 0.6)
+        d.box(f"key {head}", x, 2.85, f"$k_{head + 1}, v_{head + 1}$", "", "idle", 1.05, 0.6)
         d.path([(10.3, 2.05), (10.3, 2.2), (x, 2.2), (x, 2.55)])
     return d
 

@@ -21,13 +21,13 @@ def mtp_chain(config: ModelConfig | None = None) -> Diagram:
     d.box("embedding", 3.8, 2.1, "embedding", f"{shape(c.vocab_size)} × {shape(width)}", "weight", 5.2)
     d.box("layers", 3.8, 4.1, f"{c.num_hidden_layers} layers", "", "operation", 5.2)
     d.box("h", 3.8, 5.75, "$h$", f"tokens × {shape(width)}", "tensor", 3.0)
-    d.box("head", 3.8, 7.4, "head", f"{shape(width)} × {shape(c.vocab_size)}", "weight", 5.2)
+    d.box("head", 3.8, 7.4, "RMSNorm, head", f"{shape(width)} × {shape(c.vocab_size)}", "weight", 5.2)
     d.box("module embedding", 13.1, 2.1, "embedding", "the same", "weight", 5.2)
     d.box("hidden norm", 11.5, 3.6, "RMSNorm", "", "operation", 2.0, 0.6)
     d.box("embedding norm", 14.7, 3.6, "RMSNorm", "", "operation", 2.0, 0.6)
     d.box("join", 13.1, 4.85, "concatenate, project", f"{shape(2 * width)} → {shape(width)}", "operation", 5.2)
     d.box("layer", 13.1, 6.15, "1 transformer layer", f"tokens × {shape(width)}", "operation", 5.2)
-    d.box("module head", 13.1, 7.4, "head", "the same", "weight", 5.2)
+    d.box("module head", 13.1, 7.4, "RMSNorm, head", "the same head", "weight", 5.2)
     for path in (("embedding", "layers", "h", "head"), ("join", "layer", "module head")):
         for start, end in pairwise(path):
             d.arrow(start, end)

@@ -12,7 +12,7 @@ def training_step(config: ModelConfig | None = None, recipe: Recipe | None = Non
     By default both are those of `minids train`.
     """
     c, r = config or ModelConfig.preset("tiny"), recipe or Recipe()
-    d = Diagram(17.2, 8.3, "A step of our run: gradients move the weights, counts move the router's biases")
+    d = Diagram(17.2, 8.3, "A step of minids train: gradients move the weights, counts move the router's biases")
     d.box("batch", 1.7, 6.0, "batch", "sequences × tokens", "tensor", 2.8)
     d.box("forward", 5.2, 6.0, "forward", f"{c.num_hidden_layers} layers", "operation", 2.2)
     d.box("main", 9.0, 7.3, "main loss", "next token", "tensor", 2.8)
