@@ -60,7 +60,7 @@ class Options:
     profile: bool = False
     """Measure how long each step waits for other processes, under torchrun on CPUs; patches torch while it runs."""
     compile: bool = False
-    """Compile the layers in the first step, which takes about a minute; later ones take some 15 % less. Needs g++."""
+    """Compile the layers in the first step, which takes about a minute; later ones take some 10 % less. Needs g++."""
     device: Device = "auto"
     """Device to train on; auto selects CUDA where available."""
 

@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-from minids.parallel._torch_private import fake_store, forget_shardings
-
 RUN = "minids/run"  # the key in torchrun's store
 
 # Processes that torchrun started -------------------------------------------------------------------------------------
@@ -110,6 +108,8 @@ def one_of_many(rank: int, world: int) -> Iterator[None]:
     Meshes, groups and shards are those of a real run. Collectives return at once and exchange nothing, so no value that
     depends on another rank is meaningful.
     """
+    from minids.parallel._torch_private import fake_store, forget_shardings  # slow to import; only this needs it
+
     dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=world)
     try:
         yield
