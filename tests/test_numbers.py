@@ -23,7 +23,7 @@ def two_minute_model():
 
 def r1_zero():
     runs = [run for name, run in result("r1_zero.json")["runs"].items() if name.startswith("recipe")]
-    assert len(runs) == 6
+    assert len(runs) == 8
     before, after = ([run["evaluations"][i]["held_out/pass@1"] for run in runs] for i in (0, -1))
     return f"{min(before):.2f} to {max(before):.2f} before, {min(after):.2f} to {max(after):.2f} after"
 
