@@ -6,5 +6,6 @@ USER learner
 WORKDIR /home/learner/minids
 COPY --chown=learner . .
 RUN python3 -c "import course; course.set_up()"
+RUN .venv/bin/python -m nbformat.sign chapters/*.ipynb
 EXPOSE 8888
 CMD [".venv/bin/python", "-m", "jupyterlab", "--ip=0.0.0.0", "--no-browser", "--LabApp.default_url=/lab/tree/chapters/00_claims.ipynb"]

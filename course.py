@@ -93,6 +93,9 @@ def main(task: str = "lab", *options: str) -> int:
     set_up(environment, "requirements-site.txt" if task == "site" else "requirements.txt")
     from minids.threads import openmp_settings  # needs no package
 
+    if task == "lab":  # JupyterLab shows the drawings of chapters only where their outputs are signed by this machine
+        chapters = sorted((ROOT / "chapters").glob("*.ipynb"))
+        subprocess.call([python_of(environment), "-m", "nbformat.sign", *chapters], stdout=subprocess.DEVNULL)
     command = [python_of(environment), "-m", *command_of(task), *options]
     process = subprocess.Popen(command, cwd=ROOT, env=openmp_settings(os.environ) | os.environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the child's to handle: it saves before it stops

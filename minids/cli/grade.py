@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from minids.cli.options import call
+from minids.cli.options import call, check_chapters
 from minids.course import grade
 from minids.course.judge import find_layers
 
@@ -22,6 +22,7 @@ def grade_command(
     junit: Path | None = None,
     seconds: float = grade.SECONDS,
     workers: int | None = None,
+    chapters: tuple[int, ...] = (),
 ) -> None:
     """Judge the exercise notebooks of a class, and print a table of points.
 
@@ -33,6 +34,7 @@ def grade_command(
         seconds: Limit of a cell, in seconds of processor time; the exercises of a notebook share as much. On the clock,
             all cells of a notebook may take three times as long, and again its exercises.
         workers: Notebooks judged at the same time; by default one per CPU core. Each may use 4 GiB of memory.
+        chapters: Numbers of the chapters that are expected from all; by default those that any student submitted.
     """
     for path in filter(None, (csv, junit)):
         if not path.parent.is_dir():
@@ -41,6 +43,7 @@ def grade_command(
             raise ValueError(f"{path} is a folder: name a file for the table")
     if csv is not None and csv == junit:
         raise ValueError(f"--csv and --junit are the same file, {csv}")
+    check_chapters(chapters)
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}: must be at least 1")
     if sys.platform == "win32":
@@ -62,7 +65,7 @@ def grade_command(
             table = stack.enter_context(grade.CsvFile(csv)) if csv is not None else None
 
             def kept():
-                for each in grade.grade(submissions, seconds, workers):
+                for each in grade.grade(submissions, seconds, workers, chapters):
                     made.append(each)
                     if table is not None:
                         table.write(each)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from minids.cli.options import call
+from minids.cli.options import call, check_chapters
 from minids.course.exercises import NAMES
 from minids.course.notebooks import ROOT
 
@@ -26,9 +26,9 @@ def handout_command(
         style: plain puts all notebooks into the folder; nbgrader makes release/02_mla/02_mla.ipynb, and `minids grade`
             reads nbgrader's submitted/ as it is.
     """
-    unknown = [chapter for chapter in chapters if chapter not in NAMES]
-    if unknown:
-        raise ValueError(f"chapters={unknown[0]}: must be from 0 to {max(NAMES)}")
+    if not chapters:
+        raise ValueError("--chapters: name at least one")
+    check_chapters(chapters)
     notebooks = [ROOT / "exercises" / f"{NAMES[chapter]}.ipynb" for chapter in chapters]
     missing = [path for path in notebooks if not path.exists()]
     if missing:
@@ -39,5 +39,6 @@ def handout_command(
         place = folder / "release" / path.stem if style == "nbgrader" else folder
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
-    print(f"Made {folder} with {len(notebooks)} notebooks. Grade what comes back with:")
+    count = "1 notebook" if len(notebooks) == 1 else f"{len(notebooks)} notebooks"
+    print(f"Made {folder} with {count}. Grade what comes back with:")
     print(f"    python -m minids grade {'submitted' if style == 'nbgrader' else 'SUBMISSIONS'} --csv points.csv")

@@ -5,7 +5,7 @@ import functools
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 import tyro
@@ -98,3 +98,12 @@ def choose_device(device: Device) -> Literal["cpu", "cuda"]:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': there is no CUDA device here; use --device cpu")
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_chapters(chapters: Iterable[int]) -> None:
+    """Raise `ValueError` for a number that is no chapter's."""
+    from minids.course.exercises import NAMES  # of the course, which training does not import
+
+    for chapter in chapters:
+        if chapter not in NAMES:
+            raise ValueError(f"chapters={chapter}: must be from 0 to {max(NAMES)}")

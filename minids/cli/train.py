@@ -80,6 +80,8 @@ def run(command: str, arguments: list[str]) -> None:
     with processes(device) as world:
         directory, plan, text = _open_run(options, "--steps" in named, world, device)
         alone = not options.resume and not dist.is_torchelastic_launched()  # torchrun's processes may restart
+        if options.compile:
+            print("compiling the layers in the first step: a minute of processor time or more", flush=True)
         with removed_unless_begun(directory) if alone else nullcontext():
             layout = Layout.parse(options.parallel, world, plan.config.num_hidden_layers)
             trainer = _make_trainer(plan, text, layout, device, options)

@@ -29,6 +29,7 @@ LOOK = {  # role: face, edge, width of the edge, style of the edge
     "idle": ("#ffffff", "#b9c1c9", 1.0, (0, (2, 2))),
 }
 UNIT = (0.62, 0.5)  # inches of one unit, across and up
+WIDEST = 690.0  # points: what JupyterLab shows beside its file browser in a window of 1,366 pixels
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ class Box:
     label: str
     shape: str
     role: Role
+
+
+def _narrowed(size: re.Match) -> str:
+    """Scale a drawing's size to at most `WIDEST`; the viewBox stays, so that all of the drawing shrinks."""
+    width, height = map(float, size.groups())
+    factor = min(1.0, WIDEST / width)
+    return f'width="{width * factor:.2f}pt" height="{height * factor:.2f}pt"'
 
 
 class Diagram:
@@ -148,6 +156,7 @@ class Diagram:
         drawn = file.getvalue().replace("'DejaVu Sans Mono'", "'DejaVu Sans Mono', Menlo, Consolas, monospace")
         drawn = drawn.replace("font-family: 'DejaVu Sans';", "font-family: 'DejaVu Sans', Verdana, sans-serif;")
         drawn = re.sub(r"\s*<metadata>.*?</metadata>", "", drawn[drawn.index("<svg ") :], flags=re.DOTALL)
+        drawn = re.sub(r'width="([\d.]+)pt" height="([\d.]+)pt"', _narrowed, drawn, count=1)
         return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), drawn)
 
     def png(self, dots: int = 160) -> bytes:

@@ -10,15 +10,17 @@ Notable choices:
 import csv
 import multiprocessing
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from xml.etree import ElementTree
 
@@ -44,21 +46,25 @@ class Grade:
     message: str = ""
 
 
-def grade(submissions: Path, seconds: float = SECONDS, workers: int | None = None) -> Iterator[Grade]:
+def grade(
+    submissions: Path, seconds: float = SECONDS, workers: int | None = None, chapters: Sequence[int] = ()
+) -> Iterator[Grade]:
     """Grade every student's notebooks, `workers` at a time (by default one per CPU core); yield rows in order.
 
-    A chapter that at least one student submitted is expected from all. Raises `ValueError` where nothing can be graded.
+    `chapters` are expected from all, by default those that at least one student submitted. Raises `ValueError` where
+    nothing can be graded.
     """
     if not 0 < seconds < float("inf"):
         raise ValueError(f"seconds={seconds!r}: must be positive and finite")
     students = find_students(submissions, NAMES)
-    chapters = sorted({chapter for student in students for chapter in student.notebooks})
-    jobs = [(student, chapter) for student in students for chapter in chapters]
+    expected = sorted(set(chapters) or {chapter for student in students for chapter in student.notebooks})
+    jobs = [(student, chapter) for student in students for chapter in expected]
     layers = judge.find_layers()
     judges: set[BaseProcess] = set()
+    place = TemporaryDirectory(prefix="minids-", ignore_cleanup_errors=True)  # a judge that is killed leaves its folder
     threads = ThreadPoolExecutor(workers or os.cpu_count() or 1)  # they wait: the processes do the work
     try:
-        outcomes = threads.map(lambda job: _outcomes(job[0], job[1], seconds, layers, judges), jobs)
+        outcomes = threads.map(lambda job: _outcomes(job[0], job[1], seconds, layers, judges, place.name), jobs)
         for (student, chapter), outcome in zip(jobs, outcomes, strict=True):
             for exercise, (status, points, message) in zip(graded(chapter), outcome, strict=True):
                 name = printable(student.name)
@@ -68,24 +74,35 @@ def grade(submissions: Path, seconds: float = SECONDS, workers: int | None = Non
         for process in list(judges):
             process.kill()
         threads.shutdown()
+        place.cleanup()
 
 
 def _outcomes(
-    student: Student, chapter: int, seconds: float, layers: Layers, judges: set[BaseProcess]
+    student: Student, chapter: int, seconds: float, layers: Layers, judges: set[BaseProcess], place: str
 ) -> list[judge.Outcome]:
     """Return the outcome of every exercise of the chapter."""
     count = len(graded(chapter))
-    files = student.notebooks.get(chapter, [])
+    files = _different(student.notebooks.get(chapter, []))
     if len(files) != 1:
         return [("error", 0, _not_one(student, files))] * count
     outcomes: list[judge.Outcome] = []
     try:
         content = _read(files[0])
-        for outcome in _in_own_process(content, chapter, seconds, layers, judges):
+        for outcome in _in_own_process(content, chapter, seconds, layers, judges, place):
             outcomes.append(outcome)
     except ValueError as error:
         outcomes += [("error", 0, f"{files[0].path}: {error}")] * (count - len(outcomes))
     return outcomes + [("error", 0, "the judge ended without a verdict")] * (count - len(outcomes))
+
+
+def _different(files: list[File]) -> list[File]:
+    """Return the files without copies of equal content."""
+    if len(files) < 2 or any(file.problem for file in files):
+        return files
+    try:
+        return list({file.read(): file for file in reversed(files)}.values())[::-1]
+    except Exception:  # a damaged zip file: reported where it is read
+        return files
 
 
 def _not_one(student: Student, files: list[File]) -> str:
@@ -108,11 +125,12 @@ def _read(file: File) -> bytes:
 
 
 def _in_own_process(
-    content: bytes, chapter: int, seconds: float, layers: Layers, judges: set[BaseProcess]
+    content: bytes, chapter: int, seconds: float, layers: Layers, judges: set[BaseProcess], place: str
 ) -> Iterator[judge.Outcome]:
     """Judge a notebook in a process, one of `judges` while it lives, which is killed when its time is up."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = _context().Process(target=_judge, args=(theirs, content, chapter, seconds, layers), daemon=True)
+    arguments = theirs, content, chapter, seconds, layers, place
+    process = _context().Process(target=_judge, args=arguments, daemon=True)
     process.start()
     judges.add(process)
     theirs.close()
@@ -140,9 +158,10 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _judge(pipe: Connection, content: bytes, chapter: int, seconds: float, layers: Layers) -> None:
+def _judge(pipe: Connection, content: bytes, chapter: int, seconds: float, layers: Layers, place: str) -> None:
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the command, which ends its judges
     torch.set_num_threads(1)
     if sys.platform == "linux":
         import resource
@@ -150,7 +169,7 @@ def _judge(pipe: Connection, content: bytes, chapter: int, seconds: float, layer
         _, most = resource.getrlimit(resource.RLIMIT_AS)  # of the user, which cannot be raised
         limit = 4 * judge.MEMORY if most == resource.RLIM_INFINITY else min(4 * judge.MEMORY, most)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for outcome in judge.judge(content, chapter, seconds, layers):
+    for outcome in judge.judge(content, chapter, seconds, layers, place):
         pipe.send(outcome)
     pipe.send(None)
 

@@ -11,6 +11,7 @@ Not covered: vulnerabilities of the kernel. Without layers (macOS, Linux without
 process has the rights of the user who grades and can read the references; points stay the judge's own.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -58,16 +59,16 @@ RUN_CELL, CALL, TEST = range(3)  # the functions of minids.course.student
 Outcome = tuple[str, int, str]  # status, points, message
 
 
-def judge(content: bytes, chapter: int, seconds: float, layers: Layers) -> Iterator[Outcome]:
+def judge(content: bytes, chapter: int, seconds: float, layers: Layers, place: str | None = None) -> Iterator[Outcome]:
     """Run a notebook and yield the outcome of every exercise of the chapter that is worth points, in order.
 
     `seconds` limit the processor time of a cell, and exercises share them; on the clock, all cells together may take
-    `BUSY` times as long, and again all exercises.
+    `BUSY` times as long, and again all exercises. `place` is where the notebook's temporary folder is made.
     """
     expected = graded(chapter)
     try:
         cells = read_cells(content)
-        student = Student(layers)
+        student = Student(layers, place)
     except ValueError as error:
         yield from [("error", 0, str(error))] * len(expected)
         return
@@ -93,7 +94,7 @@ def read_cells(content: bytes) -> list[str]:
         cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
         return [source if isinstance(source, str) else "".join(source) for source in cells]
     except Exception as error:  # nbformat raises many types for what is not JSON, or JSON of another kind
-        raise ValueError(f"not a notebook: {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}") from None
+        raise ValueError(f"not a notebook, or a damaged one: {str(error).partition(chr(10))[0][:100]}") from None
 
 
 def _check(student: "Student", exercise: Exercise, seconds: float, trouble: str) -> Outcome:
@@ -102,7 +103,7 @@ def _check(student: "Student", exercise: Exercise, seconds: float, trouble: str)
         return "todo", 0, "not started yet"
     if report.status == "passed":
         return "passed", min(report.points, exercise.points), ""
-    message = " ".join(line.strip().removeprefix("✗ ") for line in report.lines if not line.startswith("✓"))
+    message = "; ".join(line.strip().removeprefix("✗ ") for line in report.lines if not line.startswith("✓"))
     if report.status == "error":
         message += f" ({trouble})" if trouble else ""
     return report.status, min(report.points, exercise.points), message
@@ -111,8 +112,8 @@ def _check(student: "Student", exercise: Exercise, seconds: float, trouble: str)
 class Student:
     """The isolated process of one notebook, until closed. Raises `IsolationUnavailable` where it does not start."""
 
-    def __init__(self, layers: Layers):
-        self.folder = tempfile.mkdtemp(prefix="minids-")
+    def __init__(self, layers: Layers, place: str | None = None):
+        self.folder = tempfile.mkdtemp(prefix="minids-", dir=place)
         line = command(
             layers,
             _access(self.folder),
@@ -123,6 +124,7 @@ class Student:
         )
         self.process = IsolatedProcess(line, {"PATH": os.defpath, "OMP_NUM_THREADS": "1"}, self.folder)
         self.peer = Peer(self.process.socket)
+        self.peer.meanwhile = self.check_size
         try:
             # what no notebook should pay for
             self.limited(START, RUN_CELL, ["__import__('torch')", START, START])
@@ -138,9 +140,13 @@ class Student:
     def limited(self, seconds: float, function: int, arguments: list[Any]) -> Any:
         """Call a function of the process, which ends the notebook if it does not return in time."""
         self.peer.deadline = time.monotonic() + seconds + GRACE
+        self.check_size()
+        return self.peer.call(function, arguments)
+
+    def check_size(self) -> None:
+        """Raise `Broken` for too many temporary files, also every second while a call runs: Landlock limits none."""
         if _size(self.folder) > SCRATCH:
             raise Broken(f"more than {SCRATCH >> 20} MiB of temporary files")
-        return self.peer.call(function, arguments)
 
     def run_all(self, cells: list[str], seconds: float) -> str:
         """Run all cells in order, past those that fail, until time is up; return the first error message, or ""."""
@@ -151,7 +157,7 @@ class Student:
             if left <= 0:
                 break
             if complaint := self.limited(left, RUN_CELL, [source, min(seconds, left), left]):
-                complaints.append(f"cell {number}: {complaint}")
+                complaints.append(f"code cell {number}: {complaint}")
         return str(complaints[0]) if complaints else ""
 
     def answer(self, name: str, seconds: float) -> "RemoteAnswer":
@@ -193,7 +199,12 @@ def _access(folder: str) -> Access:
 
 
 def _size(folder: str) -> int:
-    return sum(os.lstat(os.path.join(place, name)).st_size for place, _, names in os.walk(folder) for name in names)
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # deleted in between
+                size += os.lstat(os.path.join(place, name)).st_size
+    return size
 
 
 @functools.cache

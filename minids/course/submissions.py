@@ -140,7 +140,9 @@ def _loose(name: str, file: File) -> Iterator[tuple[str, File]]:
 def _walk(folder: str, inside: PurePosixPath, depth: int) -> Iterator[tuple[PurePosixPath, File]]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
+    except OSError as error:
+        name = PurePosixPath(f"{os.path.basename(folder)} (a folder that cannot be read: {error.strerror})")
+        yield name, File(name, bytes)
         return
     for entry in entries:
         if IGNORED.match(entry.name):

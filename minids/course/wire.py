@@ -74,6 +74,7 @@ class Peer:
         self.functions = dict(enumerate(functions))
         self.received = bytearray()
         self.deadline: float | None = None  # of the call in progress, on the clock of time.monotonic
+        self.meanwhile: Callable[[], None] = lambda: None  # called every second while an answer is awaited
         self.transferring = False  # an interrupt in the middle of a message would lose a part of it
 
     def call(self, function: int, arguments: Sequence[Any], named: Mapping[str, Any] | None = None) -> Any:
@@ -163,10 +164,14 @@ class Peer:
     def _take(self, length: int) -> bytes:
         while len(self.received) < length:
             try:
-                self.connection.settimeout(self._left())
+                left = self._left()
+                self.connection.settimeout(1.0 if left is None else min(left, 1.0))
                 more = self.connection.recv(2**20)
             except TimeoutError:
-                raise Broken("took too long") from None
+                if self.deadline is not None and time.monotonic() >= self.deadline:
+                    raise Broken("took too long") from None
+                self.meanwhile()
+                continue
             except OSError:
                 more = b""
             if not more:

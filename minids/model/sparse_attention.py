@@ -9,7 +9,8 @@ its softmax from the attention probabilities of MLA. It is trained in two stages
 Notable choices:
 - a cache entry of MLA is followed by the token's index key, so caches, batches and rollbacks are those of MLA;
 - of entries with equal scores the earlier one is chosen. ReLU makes many scores exactly 0, and a tie that is broken at
-  random would let cached decoding and a full pass choose differently;
+  random would let cached decoding and a full pass choose differently. transformers takes any of them, so that with few
+  index heads, where ties are frequent, its logits can differ;
 - one query fetches its k entries from the cache; several queries attend to all entries with a mask, as V3.2 does for
   short prompts (V3.2-Exp section 3), which saves no time.
 

@@ -54,6 +54,12 @@ class ProblemSet:
     train: Sequence[Problem]
     test: Sequence[Problem]
 
+    def __post_init__(self):
+        for name in ("train", "test"):
+            problems = getattr(self, name)
+            given = bool(problems) and all(isinstance(problem, Problem) for problem in problems)
+            require(given, name, problems[:1], "must be a list of Problem, at least one")
+
     def draw(self, rng: random.Random, count: int) -> list[Problem]:
         return rng.choices(self.train, k=count)
 

@@ -134,7 +134,9 @@ def load_model(directory: Path) -> MiniDS:
     """Load the model of a run's newest checkpoint. Raises `ValueError` if there is none or it is damaged."""
     newest = latest_checkpoint(directory / "checkpoints")
     if newest is None:
-        raise ValueError(f"{directory} holds no checkpoint")
+        raise ValueError(
+            f"{directory} holds no checkpoint" if directory.exists() else f"there is no folder {directory}"
+        )
     tensors, state = load_checkpoint(newest)
     with content_of(newest):
         config, weights = ModelConfig.from_dict(state["config"]), tensors["model"]

@@ -4,6 +4,8 @@ Notable choices: each layer is compiled by itself, so that layers with the same 
 names of the parameters, checkpoints and the training step stay as they are; evaluation runs without.
 """
 
+import warnings
+
 import torch
 
 from minids.model.transformer import MiniDS
@@ -21,5 +23,6 @@ def compile_layers(model: MiniDS, precision: str = "fp32") -> None:
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0][:150]
         raise ValueError(f"compile: the C++ compiler failed ({reason}); install g++ or set CXX") from None
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
     for layer in (*model.layers, *(module.block for module in model.mtp)):
         layer.compile(dynamic=False)

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 from minids.config import ModelConfig
-from minids.course.diagrams import LOOK, Diagram, shape
+from minids.course.diagrams import LOOK, WIDEST, Diagram, shape
 from minids.course.drawings import DRAWINGS
 from minids.course.drawings.v3_map import v3_map
 
@@ -55,7 +55,7 @@ def test_boxes_do_not_cover_each_other(name):
 def test_a_drawing_is_the_same_svg_each_time_and_small(name):
     first, second = DRAWINGS[name]().svg(), DRAWINGS[name]().svg()
     assert first == second and len(first) < 60_000
-    ElementTree.fromstring(first)
+    assert float(ElementTree.fromstring(first).get("width").removesuffix("pt")) <= WIDEST
     assert DRAWINGS[name]().title
 
 

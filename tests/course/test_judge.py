@@ -17,6 +17,7 @@ from students import POINTS, cells_of
 from minids.course import judge
 from minids.course.checks import exercises, graded
 from minids.course.notebooks import ROOT
+from minids.course.wire import Broken
 from minids.sandbox.errors import IsolationUnavailable
 from minids.sandbox.isolation import LINUX, without
 
@@ -174,6 +175,18 @@ def test_temporary_files_are_limited(layers):
         assert sum(points for _, points, _ in outcome) == POINTS, "the private /tmp was full"
     else:
         assert {message for *_, message in outcome} == {"the notebook's process: more than 256 MiB of temporary files"}
+
+
+def test_temporary_files_are_limited_also_within_a_cell(layers):
+    fill = (
+        "import time\nfor i in range(200):\n    open(f'x{i}', 'wb').write(bytes(2**24))\n    time.sleep(0.1)"  # 3.1 GiB
+    )
+    with closing(judge.Student(layers)) as student:
+        if "bubblewrap" in layers:
+            assert "No space left" in student.run_all([fill], 60.0)
+        else:
+            with pytest.raises(Broken, match="more than 256 MiB of temporary files"):
+                student.run_all([fill], 60.0)
 
 
 def test_no_process_and_no_file_is_left(layers, tmp_path, monkeypatch):

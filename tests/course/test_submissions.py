@@ -142,3 +142,19 @@ def test_where_nothing_is_recognised_the_error_says_what_was_found(tmp_path, mak
     )
     with pytest.raises(ValueError, match=words):
         find_students(place, NAMES)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "anna" / "work").mkdir(parents=True)
+    (tmp_path / "ben").mkdir()
+    (tmp_path / "ben" / FILE).write_text("x")
+    scan = os.scandir
+
+    def forbidden(place):
+        if str(place).endswith("work"):
+            raise PermissionError(13, "Permission denied")
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    anna, _ = find_students(tmp_path, NAMES)
+    assert anna.others == ["work (a folder that cannot be read: Permission denied)"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat.sign
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,26 @@ def test_the_commands_that_it_runs(course):
     assert course.command_of("test") == ["pytest", "--nbval", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     lab = course.command_of("lab")
     assert lab[0] == "jupyterlab" and f"--ServerApp.root_dir={ROOT}" in lab
+
+
+def test_the_drawings_of_the_chapters_are_signed_before_jupyterlab_opens(course, monkeypatch, tmp_path):
+    """JupyterLab shows no SVG of a notebook that nobody on this machine has run or signed."""
+    monkeypatch.setattr(course, "set_up", lambda *arguments: None)
+    monkeypatch.setattr(course, "python_of", lambda environment: Path(sys.executable))
+    monkeypatch.setattr(course.signal, "signal", lambda *arguments: None)
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))
+
+    made, real = [], subprocess.Popen
+
+    def start(command, **options):
+        if "jupyterlab" not in command:
+            return real(command, **options)
+        stored = nbformat.read(sorted((ROOT / "chapters").glob("*.ipynb"))[0], as_version=4)
+        made.append(nbformat.sign.NotebookNotary().check_signature(stored))
+        return real([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(course.subprocess, "Popen", start)
+    assert course.main("lab") == 0 and made == [True]
 
 
 @pytest.fixture
