@@ -102,7 +102,7 @@ def unit_tests(problems: Sequence[Problem], responses: Sequence[Response], judge
 
 @dataclass(frozen=True)
 class Score:
-    """The parts of a reward, each from 0 to 1, and their weighted sum `total`, which training maximises."""
+    """The parts of a reward (the package's own are from 0 to 1), and a finite `total`, which training maximises."""
 
     parts: Mapping[str, float]
     total: float

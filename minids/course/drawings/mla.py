@@ -5,7 +5,7 @@ And the task on which chapter 02 compares it with shared keys: look-ups by diffe
 
 from minids.config import ModelConfig
 from minids.cost import kv_values_per_layer
-from minids.course.diagrams import Diagram, shape
+from minids.course.diagrams import INK, Diagram, shape
 from minids.course.lookups import ATTRIBUTES, ITEMS, KINDS
 
 
@@ -118,6 +118,7 @@ def lookup_task() -> Diagram:
         x = 7.9 + 1.15 * head
         d.box(f"key {head}", x, 2.85, f"$k_{head + 1}, v_{head + 1}$", "", "idle", 1.05, 0.6)
         d.path([(10.3, 2.05), (10.3, 2.2), (x, 2.2), (x, 2.55)])
+    d.axes.plot((14.0, 14.0), (2.05, 2.2), color=INK, linewidth=1.0, zorder=2)
     return d
 
 

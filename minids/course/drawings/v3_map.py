@@ -25,7 +25,8 @@ def v3_map(*here: str, config: ModelConfig | None = None) -> Diagram:
         d.box(name, x, y, f"{chapters}  {label}", small, "here" if name in here else "operation", width, 0.9)
 
     d.frame(0.2, 0.2, 8.3, 8.3, "the model")
-    d.frame(0.5, 1.5, 8.0, 5.3, f"a layer, {c.num_hidden_layers} times; residual stream of {shape(c.hidden_size)}")
+    d.frame(0.5, 1.5, 8.0, 5.3, f"a layer, {c.num_hidden_layers} times")
+    d.note(3.15, 5.0, f"residual stream of {shape(c.hidden_size)}")
     d.box("tokens", 2.9, 0.8, "tokens", "", "tensor", 2.2, 0.6)
     part("attention", 2.9, 2.4, "attention", f"{c.num_attention_heads} heads", 3.8)
     part(
