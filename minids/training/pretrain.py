@@ -25,7 +25,7 @@ from minids.model.kv_cache import IndexerTraining, IndexStage
 from minids.model.moe import max_violation
 from minids.model.sparse_attention import set_trained_parameters
 from minids.model.transformer import MiniDS
-from minids.training.compile import compile_layers
+from minids.training.compile import check_compiled, compile_layers
 from minids.training.loop import Diverged, Loop
 from minids.training.loss import LossDenominators, Losses, bits_per_byte, losses
 from minids.training.lr_schedule import LRSchedule
@@ -140,7 +140,7 @@ class Trainer(Loop):
         optimizers = make_optimizers(model, recipe.optimizer, recipe.learning_rate, recipe.weight_decay, recipe.moments)
         self.qk_clip = QKClip(model, recipe.qk_clip) if recipe.qk_clip is not None else None
         super().__init__(model, recipe, optimizers)
-        self.compiled = compiled
+        self.compiled, self.compared = compiled, not compiled
         if compiled:
             compile_layers(model, recipe.precision)
         self.data, self.schedule = data, LRSchedule(recipe.steps, recipe.warmup_steps)
@@ -163,7 +163,11 @@ class Trainer(Loop):
         balance_speed = 0.0 if frozen else recipe.balance_speed
 
         self.model.train()
-        sums, tokens_per_expert = self.backward(next(self.stream), mtp_weight)
+        batch = next(self.stream)
+        if not self.compared:
+            check_compiled(self.model, lambda: self.backward(batch, mtp_weight)[0].main.item())
+            self.compared = True
+        sums, tokens_per_expert = self.backward(batch, mtp_weight)
         norm = self.clip_gradients()
         main = sums.main.item()
         if not math.isfinite(norm) or not main < 3 * math.log(self.model.config.vocab_size):

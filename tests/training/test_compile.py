@@ -1,16 +1,18 @@
 """Compiled layers take the steps of plain ones; evaluation and checkpoints know nothing of it."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from minids.config import ModelConfig
 from minids.model.transformer import MiniDS
-from minids.training.compile import compile_layers
+from minids.training.compile import check_compiled, compile_layers
 
 TESTS = Path(__file__).parents[1]
 
@@ -34,11 +36,14 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def found():
-    """A plain and a compiled trainer, two steps and evaluations each, without the tests' shape checks."""
-    path = os.pathsep.join((str(TESTS.parent), str(TESTS)))
-    output = subprocess.check_output([sys.executable, "-c", STEPS], text=True, env=os.environ | {"PYTHONPATH": path})
-    return json.loads(output)
+def found(tmp_path_factory):
+    """A plain and a compiled trainer, two steps and evaluations each, without the tests' shape checks.
+
+    With a cache of its own: PyTorch's holds code of the processor that filled it, also where another one is imitated.
+    """
+    paths = {"PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS)))}
+    environment = os.environ | paths | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    return json.loads(subprocess.check_output([sys.executable, "-c", STEPS], text=True, env=environment))
 
 
 def test_a_compiled_step_equals_a_plain_one(found):
@@ -52,6 +57,23 @@ def test_the_layers_are_compiled_whole_and_once(found):
     """The two layers share one graph, and the trial of the compiler has another; evaluation makes none."""
     assert found["graphs"] == [2, 0, {}]
     assert found["true"]["names"] == found["false"]["names"]
+
+
+@pytest.mark.parametrize(
+    "losses, norms", [((2.0, 2.1), (1.0, 1.0)), ((2.0, math.nan), (1.0, 1.0)), ((2.0, 2.0), (1.0, 1.1))]
+)
+def test_wrong_code_of_the_compiler_is_noticed(losses, norms):
+    model, loss, norm = MiniDS(ModelConfig.preset("nano")), iter(losses), iter(norms)
+
+    def backward():
+        model.norm.weight.grad = next(norm) * torch.nn.functional.one_hot(torch.tensor(0), 64).float()
+        return next(loss)
+
+    with pytest.raises(ValueError, match="compile: wrong results"):
+        check_compiled(model, backward)
+    losses, norms = (2.0, 2.0), (1.0, 1.0)
+    loss, norm = iter(losses), iter(norms)
+    check_compiled(model, backward)
 
 
 def test_fp8_is_refused():

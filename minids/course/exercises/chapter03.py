@@ -40,8 +40,9 @@ def gate(
 
 
 def group_rank(scores: Float[Tensor, "tokens experts"], groups: int, best: int) -> Float[Tensor, "tokens groups"]:
-    """Each group's score: the sum of its `best` largest."""
-    return scores.unflatten(-1, (groups, -1)).topk(best).values.sum(-1)
+    """Each group's score: the sum of its `best` largest, of all with 0."""
+    grouped = scores.unflatten(-1, (groups, -1))
+    return grouped.topk(best or grouped.shape[-1]).values.sum(-1)
 
 
 def fill_outside(
@@ -77,7 +78,8 @@ def gate_v2(
 V2_MISTAKES: Changes = {
     "the affinities are sigmoids, as in V3": {"affinity": "sigmoid"},
     "a group is ranked by the sum of its two best, as in V3": {"best": 2},
-    "a token's gate weights are divided by their sum, as in V3": {"by": "sum of the chosen"},
+    "a group is ranked by the mean of its experts": {"best": 0},
+    "a token's gate weights are divided by their sum, as in V3": {"by": "sum of the chosen", "best": 1},
     "the softmax is taken over the kept groups only": {"affinity": "softmax of the kept", "by": "nothing"},
     "a token may use experts of all groups": {"limited": False, "best": 1, "affinity": "softmax"},
     "the gate weights are not multiplied by `scale`": {"scaled": False},
@@ -93,12 +95,13 @@ def v2_examples(generator: torch.Generator) -> list[tuple]:
 
 def slots(
     experts: Int[Tensor, "tokens k"], affinity: Float[Tensor, "tokens k"], count: int, capacity: int, *,
-    order: str = "highest", empty: int = -1, places: bool = False, choices: int | None = None,
+    order: str = "highest", empty: int = -1, named: str = "token", choices: int | None = None,
 ) -> Int[Tensor, "count capacity"]:  # fmt: skip
     """The tokens in each expert's slots, highest affinity first; what exceeds the capacity is dropped."""
     table = torch.full((count, capacity), empty)
-    token = torch.arange(experts.numel()).view_as(experts) if places else torch.arange(len(experts))[:, None]
-    token, experts, affinity = (t[:, :choices] for t in (token.expand_as(experts), experts, affinity))
+    place = torch.arange(experts.numel()).view_as(experts)
+    token = {"token": place // experts.shape[1], "place": place, "column": place % experts.shape[1]}[named]
+    token, experts, affinity = (t[:, :choices] for t in (token, experts, affinity))
     for expert in range(count):
         here = experts == expert
         best = affinity[here].argsort(descending=order != "lowest")
@@ -112,7 +115,8 @@ SLOTS_MISTAKES: Changes = {
     "the tokens of lowest affinity keep their slots": {"order": "lowest"},
     "an expert's tokens are in rising order, not by affinity": {"order": "sorted"},
     "an empty slot holds 0, which is also a token": {"empty": 0},
-    "the slots hold places in the flattened table, not tokens": {"places": True, "choices": None},
+    "the slots hold places in the flattened table, not tokens": {"named": "place", "choices": None},
+    "the slots hold the column of the choice, not the token": {"named": "column", "choices": None},
     "only the first choice of each token is dispatched": {"choices": 1},
 }
 
@@ -133,20 +137,23 @@ def balance_bias(
     return bias + speed * torch.sign(load.mean() - load)
 
 
-def frequency(scores: Float[Tensor, "tokens experts"], k: int) -> Float[Tensor, "experts"]:
+Counted = Callable[[Tensor, int], Tensor]
+
+
+def frequency(scores: Float[Tensor, "tokens experts"], k: int, counted: Counted = choose) -> Float[Tensor, "experts"]:
     """f: how often each expert is chosen, 1 being an equal share."""
-    return choose(scores.detach(), k).mean(0) * scores.shape[-1] / k
+    return counted(scores.detach(), k).mean(0) * scores.shape[-1] / k
 
 
 def sequence_loss(
     scores: Float[Tensor, "batch seq experts"], k: int, *,
     whole_batch: bool = False, share: Callable[[Tensor], Tensor] = lambda scores: scores / scores.sum(-1, keepdim=True),
-    factor: Callable[[int, int], float] = lambda experts, k: 1.0, gradient: bool = True,
+    factor: Callable[[int, int], float] = lambda experts, k: 1.0, gradient: bool = True, counted: Counted = choose,
 ) -> Float[Tensor, ""]:  # fmt: skip
     """V3 eq. 17-20 without alpha: the sum of f times P over experts, for each sequence, then the mean."""
     scores = scores.flatten(0, 1)[None] if whole_batch else scores
     p = share(scores).mean(1)
-    f = torch.stack([frequency(sequence, k) for sequence in scores]) * factor(scores.shape[-1], k)
+    f = torch.stack([frequency(sequence, k, counted) for sequence in scores]) * factor(scores.shape[-1], k)
     return (f * (p if gradient else p.detach())).sum(-1).mean()
 
 
@@ -160,6 +167,11 @@ LOSS_MISTAKES: Changes = {
     "P is a softmax of the logits": {"share": lambda scores: scores.logit().softmax(-1)},
     "P is a softmax of the scores": {"share": lambda scores: scores.softmax(-1)},
     "the scores of a token are not divided by their sum": {"share": lambda scores: scores},
+    "P is divided by the sum over tokens, not over experts": {
+        "share": lambda scores: scores / scores.sum(-2, keepdim=True),
+        "gradient": True,  # its mean over tokens is constant
+    },
+    "f counts the scores above a half, not the k highest": {"counted": lambda scores, k: (scores > 0.5).float()},
     "f is a plain share of the choices, without the factor N / k": {"factor": lambda experts, k: k / experts},
     "f has the factor N, not N / k": {"factor": lambda experts, k: k},
     "P is detached, so that the loss has no gradient": {"gradient": False},
