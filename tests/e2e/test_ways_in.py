@@ -17,7 +17,7 @@ import nbformat
 from nbclient import NotebookClient
 
 notebook = nbformat.read("chapter.ipynb", 4)
-NotebookClient(notebook, timeout=600).execute()
+NotebookClient(notebook, timeout=600, coalesce_streams=True).execute()  # else a text may come in two outputs
 print(notebook.cells[-1].outputs[-1].text)
 """
 SETUP = (ROOT / "docs/SETUP.md").read_text(encoding="utf-8")
