@@ -2,7 +2,7 @@
 
 By default the C library returns a large block to the system as soon as it is freed. A training step frees and allocates
 the same hundreds of megabytes, and each time the kernel has to clear them anew: with 256 experts a step took 1.7 times
-as long as with 8 of the same size, and 1.45 times without the returning (`minids bench experts`). glibc only.
+as long as with 8 of the same size, and 1.5 times without the returning (`minids bench experts`). glibc only.
 """
 
 import ctypes

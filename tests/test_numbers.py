@@ -65,6 +65,15 @@ def test_a_number_of_the_readme_is_the_stored_one(what, number, source):
     assert all((ROOT / target).is_file() for target in links(source)) and (links(source) or "chapter" in source)
 
 
+def test_the_sentence_on_what_was_missed_has_the_stored_numbers():
+    medians = {row["what"]: f"({row['median']:.2f})" for row in result("bench.json")["rows"]}
+    sentence = read(README).partition("With compiled layers")[2].partition("\n\n")[0]
+    compiled = medians["training step, transformers grouped_mm / compiled"].strip("()")
+    assert f"a training step is {compiled} times as fast" in sentence
+    assert f"hardly faster {medians['decoding at batch 1, transformers grouped_mm / minids']}" in sentence
+    assert f"slower here {medians['decoding at batch 1, plain / speculative']}" in sentence.replace("\n", " ")
+
+
 def test_a_changed_number_is_noticed():
     assert not "1.82 bits per byte (gzip: 2.43)".startswith(two_minute_model().replace("1.8", "1.9"))
     assert re.fullmatch(r"\d\.\d+ to \d\.\d+ before, \d\.\d+ to \d\.\d+ after", r1_zero())
